@@ -1,0 +1,34 @@
+"""parafit fits neural networks in parallel.
+
+```python
+import keras, parafit
+
+model = keras.Sequential([keras.Input((784,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(10, "softmax")])
+model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+history = parafit.fit(model, x, y, batch_size=32, epochs=10, validation_split=0.1)
+labels = parafit.predict(model, x_new)
+```
+
+Read `api.py` first. Importing parafit chooses Keras' JAX backend where none was chosen, and keeps compiled programs
+on disk so that a second start compiles nothing again; Keras and JAX themselves are imported when first needed.
+"""
+
+import importlib
+
+from parafit import cluster
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "errors", "evaluate", "fit", "predict"]
+
+_HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "plan"}
+
+cluster.prepare()
+
+
+def __getattr__(name: str):
+    """Import the part of parafit that holds `name` when it is first asked for (PEP 562)."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"parafit.{_HOMES[name]}"), name)
+    if name in ("errors", "sklearn"):
+        return importlib.import_module(f"parafit.{name}")
+    raise AttributeError(f"module 'parafit' has no attribute {name!r}; it offers {', '.join(__all__)}")

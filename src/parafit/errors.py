@@ -1,0 +1,52 @@
+"""Every error parafit raises on purpose, as a tree.
+
+```
+ParafitError
+├── BackendError             Keras runs on another backend than JAX
+├── ModelError (ValueError)  the model cannot be fitted as it is (not compiled, not traceable)
+├── DataError (ValueError)   arrays, tables or files that cannot be used as they are
+├── PlanError (ValueError)   a plan that cannot run on this machine or model
+├── OutputError (OSError)    a place that cannot be written, found out before any work
+└── NonFiniteLossError       the loss became NaN or infinite; the model holds its last good weights
+```
+
+A message says what happened, with which values, what was expected and how to mend it.
+"""
+
+
+class ParafitError(Exception):
+    """The root: `except parafit.errors.ParafitError` catches all of them."""
+
+
+class BackendError(ParafitError):
+    """Keras runs on a backend other than JAX."""
+
+
+class ModelError(ParafitError, ValueError):
+    """The model cannot be fitted, evaluated or asked as it is."""
+
+
+class DataError(ParafitError, ValueError):
+    """Arrays, tables or files that cannot be used as they are."""
+
+
+class PlanError(ParafitError, ValueError):
+    """A plan that cannot run on this machine or with this model."""
+
+
+class OutputError(ParafitError, OSError):
+    """A place that cannot be written to."""
+
+
+class NonFiniteLossError(ParafitError):
+    """The loss became NaN or infinite; training stopped and the model holds its last good weights.
+
+    Attributes:
+        epoch: the epoch it happened in, counted from 0.
+        step: the step within that epoch, counted from 0.
+        value: the loss as it was measured (`nan`, `inf` or `-inf`).
+    """
+
+    def __init__(self, message: str, *, epoch: int, step: int, value: float):
+        super().__init__(message)
+        self.epoch, self.step, self.value = epoch, step, value
