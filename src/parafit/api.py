@@ -1,5 +1,18 @@
-"""fit, evaluate and predict: read this first."""
+"""fit, evaluate and predict: read this first.
 
+Each does the same: check the model and the plan, make a feed from the data, let Keras build what is missing, and hand
+over to `run`, which runs whole chunks of steps in compiled programs and calls the callbacks between them.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from parafit import compat, data, run
+from parafit.adapt import KerasModel
+from parafit.callbacks import batch_strides, callback_list
+from parafit.errors import PlanError
+from parafit.mesh import Placement
 from parafit.plan import Plan
 
 
@@ -8,33 +21,211 @@ def fit(
     x=None,
     y=None,
     *,
-    batch_size=None,
-    epochs=1,
+    batch_size: int | None = None,
+    epochs: int = 1,
     verbose="auto",
     callbacks=None,
-    validation_split=0.0,
+    validation_split: float = 0.0,
     validation_data=None,
     shuffle=True,
-    class_weight=None,
+    class_weight: dict | None = None,
     sample_weight=None,
-    initial_epoch=0,
-    steps_per_epoch=None,
-    validation_steps=None,
-    validation_batch_size=None,
+    initial_epoch: int = 0,
+    steps_per_epoch: int | None = None,
+    validation_steps: int | None = None,
+    validation_batch_size: int | None = None,
     validation_freq=1,
-    plan: "Plan | str" = "auto",
+    plan: Plan | str = "auto",
 ):
-    arguments = dict(locals())
-    for name in ("model", "plan"):
-        arguments.pop(name)
-    return model.fit(**arguments)
+    """Train a compiled Keras model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
+
+    The arguments are those of `keras.Model.fit`, with the same meaning and the same results: for the same data and seed
+    the history and the final weights are Keras' own, to rounding, on every plan.
+
+    Args:
+        model: a compiled `keras.Model` on the JAX backend.
+        x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
+        y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
+        batch_size: rows of one step over all devices together; 32 if not given.
+        plan: "auto", a `Plan`, a text such as "data=8", or the path of a plan's JSON file.
+
+    Returns:
+        The `keras.callbacks.History` of the run.
+
+    Raises:
+        BackendError: Keras runs on another backend than JAX.
+        ModelError: the model is not compiled.
+        DataError: arrays of different lengths, without rows, or of a dtype no network reads.
+        PlanError: the plan cannot run here.
+        NonFiniteLossError: the loss became NaN or infinite; the model holds its last good weights.
+
+    >>> import parafit, keras, numpy as np
+    >>> keras.utils.set_random_seed(0)
+    >>> x = np.linspace(-1, 1, 256, dtype="float32")[:, None]
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile(keras.optimizers.SGD(0.1), "mse")
+    >>> history = parafit.fit(model, x, 3 * x + 1, epochs=20, verbose=0)
+    >>> bool(history.history["loss"][-1] < 1e-3)
+    True
+    """
+    adapter = KerasModel(model, "fit")
+    placement = Placement(read_plan(plan))
+    options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
+    if reason := _why_stepwise(adapter, x, y, sample_weight):
+        _leave_to_keras(placement.plan, reason)
+        return model.fit(
+            x,
+            y,
+            sample_weight=sample_weight,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            initial_epoch=initial_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+            **options,
+        )
+    if validation_split and validation_data is None:
+        data.check_lengths(x, y, sample_weight)
+        (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
+    feed = data.Feed(x, y, sample_weight, **options)
+    adapter.build(feed.example)
+    listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
+    pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
+    feed.limit(pace.strides)
+    validation = validation_data and _Validation(
+        adapter, validation_data, listed, placement, batch_size=validation_batch_size or batch_size, steps=validation_steps
+    )
+
+    def validate(epoch: int) -> dict:
+        return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
+
+    progress = run.Progress(adapter, adapter.train_step(), placement)
+    shapes = feed.foreseen()
+    progress.compile(shapes)
+    price = progress.price(shapes[0]) if verbose and shapes else None
+    if price:
+        print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
+    feed.restart()
+    run.train(progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate)
+    if price and pace.steps:
+        print(price.score(pace.seconds / pace.steps))
+    return model.history
 
 
 def evaluate(
-    model, x=None, y=None, *, batch_size=None, verbose="auto", sample_weight=None, steps=None, callbacks=None, return_dict=False, plan="auto"
+    model,
+    x=None,
+    y=None,
+    *,
+    batch_size: int | None = None,
+    verbose="auto",
+    sample_weight=None,
+    steps: int | None = None,
+    callbacks=None,
+    return_dict: bool = False,
+    plan: Plan | str = "auto",
 ):
-    return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
+    """The loss and metrics of a compiled Keras model on data: `keras.Model.evaluate`, in compiled chunks of steps.
+
+    Args and errors are those of `fit`.
+
+    Returns:
+        A list of numbers in Keras' order (a number if there is only the loss), or a dict by name with `return_dict=True`.
+
+    >>> import parafit, keras, numpy as np
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> model.compile(loss="mse")
+    >>> float(parafit.evaluate(model, np.ones((8, 2)), np.ones((8, 1)), verbose=0))
+    1.0
+    """
+    adapter = KerasModel(model, "evaluate")
+    placement = Placement(read_plan(plan))
+    if reason := _why_stepwise(adapter, x, y, sample_weight):
+        _leave_to_keras(placement.plan, reason)
+        return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
+    feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
+    adapter.build(feed.example)
+    listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
+    logs = _evaluate(adapter, feed, listed, placement)
+    return logs if return_dict else compat.flatten_metrics(model, logs)
 
 
-def predict(model, x, *, batch_size=None, verbose="auto", steps=None, callbacks=None, plan="auto"):
-    return model.predict(x, batch_size, verbose, steps, callbacks)
+def predict(
+    model, x, *, batch_size: int | None = None, verbose="auto", steps: int | None = None, callbacks=None, plan: Plan | str = "auto"
+) -> Any:
+    """The model's outputs for data: `keras.Model.predict`, in compiled chunks of steps. The model need not be compiled.
+
+    Args and errors are those of `fit`.
+
+    Returns:
+        NumPy arrays of shape (rows, ...) in the structure of the model's outputs.
+
+    >>> import parafit, keras, numpy as np
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> parafit.predict(model, np.ones((3, 2)), verbose=0).tolist()
+    [[2.0], [2.0], [2.0]]
+    """
+    adapter = KerasModel(model, "predict")
+    placement = Placement(read_plan(plan))
+    if reason := _why_stepwise(adapter, x):
+        _leave_to_keras(placement.plan, reason)
+        return model.predict(x, batch_size, verbose, steps, callbacks)
+    feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps)
+    adapter.build_layers(feed.example)
+    listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
+    strides = batch_strides(listed, "predict", model.steps_per_execution)
+    feed.limit(strides)
+    feed.restart()
+    return run.predict(adapter, feed, listed, run.Pace(strides), placement)
+
+
+def read_plan(plan: Plan | str) -> Plan:
+    """The plan meant by a `plan=` argument; "auto" is one device.
+
+    Raises:
+        PlanError: neither a plan, nor a plan's text, nor a file that holds one.
+
+    >>> read_plan("data=4").device_count
+    4
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Path) or str(plan).endswith(".json"):
+        return Plan.load(plan)
+    if not isinstance(plan, str):
+        raise PlanError(f"plan={plan!r} is a {type(plan).__name__}: expected 'auto', a Plan, a text such as 'data=8', or the path of a plan's JSON file.")
+    return Plan() if plan == "auto" else Plan.parse(plan)
+
+
+class _Validation:
+    """The validation at the end of an epoch, its data prepared once."""
+
+    def __init__(self, adapter: KerasModel, validation_data, callbacks, placement: Placement, *, batch_size, steps):
+        x, y, sample_weight = compat.unpack(validation_data)
+        self._feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
+        self._adapter, self._callbacks, self._placement = adapter, callbacks, placement
+
+    def logs(self) -> dict:
+        logs = _evaluate(self._adapter, self._feed, self._callbacks, self._placement)
+        return {f"val_{name}": value for name, value in logs.items()}
+
+
+def _evaluate(adapter: KerasModel, feed: data.Feed, callbacks, placement: Placement) -> dict:
+    strides = batch_strides(callbacks, "test", adapter.model.steps_per_execution)
+    feed.limit(strides)
+    feed.restart()
+    return run.evaluate(adapter, feed, callbacks, run.Pace(strides), placement)
+
+
+def _why_stepwise(adapter: KerasModel, *parts) -> str | None:
+    return "the data is sparse or ragged" if data.is_sparse(*parts) else adapter.why_stepwise()
+
+
+def _leave_to_keras(plan: Plan, reason: str) -> None:
+    if plan.device_count > 1:
+        raise PlanError(f"plan {plan.short()!r} needs compiled steps, but this model runs step by step: {reason}. Use plan='single'.")
+    warnings.warn(f"parafit leaves this run to Keras, one step at a time: {reason}.", stacklevel=3)

@@ -1,0 +1,49 @@
+# Two commands do everything on a machine with Python >= 3.11 (with venv), make and git: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
+	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
+
+test: $(VENV)/.test  ## the whole test suite and the doctests
+	$(RUN) -m pytest
+
+check: $(VENV)/.dev  ## format, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright
+
+bench: $(VENV)/.bench  ## a short benchmark against Keras, TensorFlow, PyTorch and scikit-learn
+	$(RUN) -m benchmarks.run --quick --out out/bench.json
+	$(RUN) -m benchmarks.table out/bench.json
+
+docs: $(VENV)/.parafit  ## the API reference as text, out/api.txt
+	mkdir -p out
+	for module in parafit parafit.api parafit.plan parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "parafit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Run: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.parafit: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/.parafit
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[test,dev]'
+	@touch $@ $(VENV)/.test $(VENV)/.parafit
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[bench]'
+	@touch $@ $(VENV)/.parafit
+
+clean:
+	rm -rf $(VENV) out build dist

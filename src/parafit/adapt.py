@@ -1,0 +1,146 @@
+"""Keras models as pure steps over explicit state. Only this module and `compat` import Keras."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import keras
+
+from parafit import compat
+from parafit.errors import BackendError, ModelError
+
+State = tuple[list[jax.Array], ...]
+"""Groups of arrays: weights that a step changes, statistics and seeds, optimizer slots, metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a model as a pure function, and the variables its state comes from.
+
+    Attributes:
+        name: "train", "test" or "predict".
+        function: `(fixed, state, batch) -> (outputs, state)`; outputs are the logs, or the predictions.
+        variables: the model's variables that the step changes, in the groups and order of the state.
+        fixed_variables: the weights that the step only reads.
+        stops_on_bad_loss: whether a loss that is not finite ends training (not under loss scaling, which skips such steps).
+        identity: objects that stay the same while a program compiled from this step stays right.
+    """
+
+    name: str
+    function: Callable[[list[jax.Array], State, Any], tuple[Any, State]]
+    variables: tuple[Sequence[Any], ...]
+    fixed_variables: Sequence[Any] = ()
+    stops_on_bad_loss: bool = False
+    identity: tuple
+
+    def read(self) -> State:
+        """The state as the model holds it now: arrays by reference."""
+        return tuple([compat.read_variable(variable) for variable in group] for group in self.variables)
+
+    def read_fixed(self) -> list[jax.Array]:
+        """The arrays of the weights that the step only reads."""
+        return [compat.read_variable(variable) for variable in self.fixed_variables]
+
+    def write(self, state: State) -> None:
+        """Let the model hold this state: arrays by reference."""
+        for group, arrays in zip(self.variables, state):
+            for variable, array in zip(group, arrays):
+                compat.write_variable(variable, array)
+
+
+class KerasModel:
+    """A Keras model the way parafit runs it.
+
+    Args:
+        model: a `keras.Model`.
+        verb: "fit", "evaluate" or "predict": what it is to be used for.
+
+    Raises:
+        BackendError: Keras runs on another backend than JAX.
+        ModelError: not a Keras model, or not compiled for what the verb needs.
+    """
+
+    def __init__(self, model, verb: str):
+        _check(model, verb)
+        self.model = model
+
+    def why_stepwise(self) -> str | None:
+        """Why this model must run one Python step at a time, None where whole chunks of steps can be compiled."""
+        if self.model.run_eagerly:
+            return "it was compiled with run_eagerly=True"
+        if not self.model.jit_compile:
+            return "it was compiled with jit_compile=False, or has a layer that cannot be compiled"
+        if keras.distribution.distribution() is not None:
+            return "a keras.distribution is set"
+        return None
+
+    def build(self, example: Callable[[], Any]) -> None:
+        """Create all variables; `example` draws a batch, and is called only if the model needs one, as in Keras."""
+        if compat.needs_batch_to_build(self.model):
+            compat.symbolic_build(self.model, example())
+        elif self.model.optimizer is not None and not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+
+    def build_layers(self, example: Callable[[], Any]) -> None:
+        """Create the layers' variables: enough to predict."""
+        if not compat.is_built(self.model):
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(example())
+            with keras.StatelessScope():
+                self.model(x)
+
+    def train_step(self) -> Step:
+        """`keras.Model.train_step`, overridden or not, over all of the model's and the optimizer's variables."""
+        model = self.model
+        groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables, model.metrics_variables)
+        scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        return self._step("train", lambda fixed, state, batch: model.train_step(state, batch), groups, stops_on_bad_loss=not scaled)
+
+    def test_step(self) -> Step:
+        """`keras.Model.test_step`."""
+        model = self.model
+
+        def function(weights, state, batch):
+            logs, (_, *new) = model.test_step((weights, *state), batch)
+            return logs, new
+
+        return self._step("test", function, (model.non_trainable_variables, model.metrics_variables), fixed=model.trainable_variables)
+
+    def predict_step(self) -> Step:
+        """`keras.Model.predict_step`."""
+        model = self.model
+
+        def function(weights, state, batch):
+            outputs, non_trainable = model.predict_step((weights, *state), batch)
+            return outputs, (non_trainable,)
+
+        return self._step("predict", function, (model.non_trainable_variables,), fixed=model.trainable_variables)
+
+    def result(self, logs: dict) -> dict[str, float]:
+        """An epoch's logs: the metrics' results, or the step's own logs where a custom step returns others."""
+        metrics = self.model.get_metrics_result()
+        chosen = metrics if set(metrics) == set(logs) else logs
+        return {name: float(value) if getattr(value, "ndim", 0) == 0 else value for name, value in chosen.items()}
+
+    def finish_training(self) -> None:
+        """What Keras' optimizers do once after the last step (such as taking over averaged weights)."""
+        self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
+
+    def _step(self, name: str, function: Callable, groups: tuple, *, fixed=(), **options) -> Step:
+        variables = tuple(list(group) for group in groups)
+        identity = (*compat.compiled_parts(self.model), *fixed, *(variable for group in variables for variable in group))
+        return Step(name=name, function=function, variables=variables, fixed_variables=list(fixed), identity=identity, **options)
+
+
+def _check(model, verb: str) -> None:
+    if keras.backend.backend() != "jax":
+        raise BackendError(
+            f"Keras runs on the {keras.backend.backend()!r} backend, and parafit needs 'jax'. Import parafit before keras, or set "
+            "KERAS_BACKEND=jax in the environment before Python starts; a model built on another backend can be saved and loaded again."
+        )
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"expected a keras.Model, got {type(model).__name__}: {model!r:.80}.")
+    if verb != "predict" and not model.compiled:
+        raise ModelError(f"model {model.name!r} is not compiled, so {verb} has no loss. Call model.compile(optimizer, loss, metrics=...) first.")
+    if verb == "fit" and model.optimizer is None:
+        raise ModelError(f"model {model.name!r} was compiled without an optimizer, so fit cannot train it. Call model.compile(optimizer, loss).")

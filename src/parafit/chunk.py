@@ -1,0 +1,179 @@
+"""Chunks: many steps of a model in one compiled program."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parafit import compat
+from parafit.adapt import State, Step
+from parafit.mesh import Placement
+from parafit.rewrite import rewrite_jaxpr
+
+_COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
+_CHUNKS: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tally:
+    """What one chunk hands on to the next.
+
+    Attributes:
+        done: steps completed, int32.
+        healthy: whether the loss has been finite at every step.
+        logs: the last step's logs; None when predicting.
+    """
+
+    done: Any
+    healthy: Any
+    logs: Any
+
+
+class Chunk:
+    """A compiled program of up to `capacity` steps: `(fixed, state, tally, steps, arrays) -> (state, tally, outputs)`.
+
+    The state passed in is donated. At a step whose loss is not finite the program stops and leaves the state as it was
+    before that step; called again with that tally, it does nothing. `outputs` are predictions of shape (capacity, batch,
+    ...), None when training or testing.
+    """
+
+    def __init__(self, lowered, logs, capacity: int):
+        self.capacity = capacity
+        self._no_logs = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logs)
+        self._compiling: Future = _COMPILERS.submit(lowered.compile)
+
+    def __call__(self, fixed: list, state: State, tally: Tally, steps: int, arrays):
+        return self._compiling.result()(fixed, state, tally, np.int32(steps), arrays)
+
+    def wait(self) -> None:
+        """Until the program is compiled."""
+        self._compiling.result()
+
+    def fresh_tally(self) -> Tally:
+        """The tally before the first step."""
+        return Tally(np.int32(0), np.bool_(True), self._no_logs)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory the program holds on one device: arguments, results and temporaries, as the compiler says."""
+        memory = self._compiling.result().memory_analysis()
+        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def find_chunk(model, step: Step, arrays, placement: Placement) -> Chunk:
+    """The program for this step and blocks of these shapes, made once for as long as the model stays as it is.
+
+    Tracing happens here; compiling goes on in the background until the chunk is called.
+    """
+    kept = _CHUNKS.setdefault(model, {})
+    key = (step.name, placement.plan, jax.tree.structure(arrays), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)))
+    identity, chunk = kept.get(key, ((), None))
+    if chunk is None or len(identity) != len(step.identity) or any(ours is not theirs for ours, theirs in zip(identity, step.identity)):
+        chunk = _make_chunk(step, arrays, placement)
+        kept[key] = step.identity, chunk
+    return chunk
+
+
+def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
+    held = step.read_fixed(), step.read(), arrays
+    fixed, state, arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
+    capacity = jax.tree.leaves(arrays)[0].shape[0]
+    run_step, outputs = _trace(step, fixed, state, batch, placement)
+    predicts = step.name == "predict"
+    many = _predict_many(run_step, outputs, capacity) if predicts else _run_many(run_step, capacity, guarded=step.stops_on_bad_loss and "loss" in outputs)
+    program = jax.jit(many, donate_argnums=1, **_shardings(placement, arrays, outputs if predicts else None, capacity))
+    tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
+    return Chunk(program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), tally.logs, capacity)
+
+
+def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any]:
+    """The step as a function that no longer runs the model's Python code, and the shapes of its outputs."""
+    traced, (outputs, new_state) = jax.make_jaxpr(step.function, return_shape=True)(fixed, state, batch)
+    if jax.default_backend() == "cpu":
+        traced = rewrite_jaxpr(traced)
+    flat = compat.jaxpr_as_function(traced)
+    structure = jax.tree.structure((outputs, new_state))
+
+    def run_step(fixed, state, batch):
+        leaves = flat(*jax.tree.leaves((fixed, state, placement.split_batch(batch))))
+        outputs, new = jax.tree.unflatten(structure, leaves)
+        # A custom train_step may change a dtype (float32 to float64, say); a loop needs the one it started with.
+        return outputs, placement.replicate(jax.tree.map(lambda old, array: array.astype(old.dtype), state, tuple(new)))
+
+    return run_step, outputs
+
+
+def _run_many(run_step: Callable, capacity: int, *, guarded: bool) -> Callable:
+    """Steps one after the other, each on the next batch; `guarded` ones stop at a loss that is not finite."""
+
+    def advance(fixed, state, tally, batch):
+        logs, new = run_step(fixed, state, batch)
+        if not guarded:
+            return new, Tally(tally.done + 1, tally.healthy, logs)
+        healthy = tally.healthy & jnp.isfinite(logs["loss"])
+        # Chosen value by value in the loop that writes the new state: no further pass over memory.
+        new = jax.tree.map(lambda old, array: jnp.where(healthy, array, old), state, new)
+        return new, Tally(tally.done + healthy, healthy, _choose(tally.healthy, logs, tally.logs))
+
+    def once(fixed, state, tally, steps, arrays):
+        return *advance(fixed, state, tally, _batch(arrays, 0)), None
+
+    def loop(fixed, state, tally, steps, arrays):
+        def more(carry):
+            index, _, tally = carry
+            return (index < steps) & tally.healthy
+
+        def body(carry):
+            index, state, tally = carry
+            return index + 1, *advance(fixed, state, tally, _batch(arrays, index))
+
+        _, state, tally = jax.lax.while_loop(more, body, (jnp.int32(0), state, tally))
+        return state, tally, None
+
+    return once if capacity == 1 else loop
+
+
+def _predict_many(run_step: Callable, outputs, capacity: int) -> Callable:
+    """Predictions for batch after batch, collected in one array per output."""
+
+    def once(fixed, state, tally, steps, arrays):
+        predictions, state = run_step(fixed, state, _batch(arrays, 0))
+        return state, tally, jax.tree.map(lambda array: array[None], predictions)
+
+    def loop(fixed, state, tally, steps, arrays):
+        def body(index, carry):
+            state, collected = carry
+            predictions, state = run_step(fixed, state, _batch(arrays, index))
+            put = lambda array, part: jax.lax.dynamic_update_index_in_dim(array, part, index, 0)
+            return state, jax.tree.map(put, collected, predictions)
+
+        empty = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), outputs)
+        state, collected = jax.lax.fori_loop(0, steps, body, (state, empty))
+        return state, tally, collected
+
+    return once if capacity == 1 else loop
+
+
+def _batch(arrays, index):
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), arrays)
+
+
+def _choose(first: jax.Array, these, others):
+    return jax.tree.map(lambda this, other: jnp.where(first, this, other), these, others)
+
+
+def _shardings(placement: Placement, arrays, outputs, capacity: int) -> dict:
+    """How a program's arguments and results lie on the devices, for `jax.jit`; nothing to say for one device."""
+    if placement.mesh is None:
+        return {}
+    whole = placement.replicated
+    blocks = jax.tree.map(lambda leaf: placement.block(leaf.shape), arrays)
+    collected = jax.tree.map(lambda leaf: placement.block((capacity, *leaf.shape)), outputs)
+    return {"in_shardings": (whole, whole, whole, whole, blocks), "out_shardings": (whole, whole, collected)}

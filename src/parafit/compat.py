@@ -1,0 +1,129 @@
+"""What JAX and Keras do not document, in one place. Each piece: why it is needed, and the versions it was read in.
+
+Keras 3.15, JAX 0.10.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters import data_adapter_utils
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator
+
+# Documented; here so that few files import Keras.
+floatx = keras.config.floatx
+unpack = keras.utils.unpack_x_y_sample_weight
+
+# Keras 3.15: private, and the same in 3.10-3.14. `model.fit` calls it to create metric, loss and optimizer variables
+# without running anything; the public way (`build`, `compile`) leaves metric variables to the first call.
+symbolic_build: Callable[..., None] = lambda model, batch: model._symbolic_build(data_batch=batch)
+
+# Keras 3.15: the order in which `evaluate` returns a list of values is defined nowhere else.
+flatten_metrics: Callable[..., Any] = lambda model, logs: model._flatten_metrics_in_order(logs)
+
+# Keras 3.15: `validation_freq` as an int or a list, with Keras' own error for anything else.
+should_validate: Callable[..., bool] = lambda model, epoch, frequency: model._should_eval(epoch, frequency)
+
+# Keras 3.15: BackupAndRestore tells `fit` the epoch to go on with in this attribute.
+restored_epoch: Callable[..., int | None] = lambda model: model._initial_epoch
+
+# Keras 3.15: whether a TensorBoard callback looks at single batches although it writes once an epoch.
+times_batches: Callable[..., bool] = lambda callback: callback._should_trace or callback.write_steps_per_second
+
+# Keras 3.15: `v.value` and `v.assign` convert, check and look up scopes at every call, which costs more than a small
+# network's step when all variables are handed over; these read and set the pointer.
+read_variable: Callable[..., Any] = lambda variable: variable._value
+write_variable: Callable[..., None] = lambda variable, value: variable._direct_assign(value)
+
+
+def compiled_parts(model) -> tuple:
+    """What `compile` makes anew: while these objects and the variables are the same, a compiled program stays right."""
+    # Keras 3.15: no public handle; a model that was never compiled has no optimizer attribute.
+    return getattr(model, "optimizer", None), model._compile_loss, model._compile_metrics
+
+
+def is_built(model) -> bool:
+    """Whether all layers have their variables. Keras 3.15: `_flatten_layers` reaches layers within layers."""
+    return all(layer.built for layer in model._flatten_layers())
+
+
+def needs_batch_to_build(model) -> bool:
+    """Whether `model.fit` would draw one batch (and with it one shuffle) to build the model. Keras 3.15."""
+    parts = (model._compile_metrics, model._compile_loss)
+    return not is_built(model) or any(part is not None and not part.built for part in parts)
+
+
+class Batches:
+    """The batches of `fit`, `evaluate` and `predict`, epoch by epoch, as Keras itself would draw them.
+
+    Keras 3.15's EpochIterator and data adapters are private, but they define what `steps_per_epoch`, `shuffle`,
+    `class_weight` and every kind of input mean. Arrays are not sliced by them: for arrays this yields row numbers.
+
+    Attributes:
+        arrays: for array input the arrays as `(x, y, sample_weight)` packed by Keras, else None.
+        batch_size: for array input the rows of a full batch, else None.
+    """
+
+    def __init__(self, x, y, sample_weight, *, batch_size, steps_per_epoch, shuffle, class_weight):
+        options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle}
+        # The checks, messages and weights of Keras; `_inputs` holds what it packed.
+        source = EpochIterator(x, y, sample_weight, class_weight=class_weight, **options)
+        adapter = source.data_adapter
+        self.arrays = self.batch_size = None
+        if isinstance(adapter, ArrayDataAdapter):
+            self.arrays, self.batch_size = adapter._inputs, adapter.batch_size
+            source = EpochIterator(np.arange(adapter._num_samples, dtype=np.int32), **options)
+        self._iterator = _HostIterator(source)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps in an epoch, None where the source does not tell."""
+        return self._iterator.num_batches
+
+    def epoch(self) -> Iterator[Any]:
+        """One epoch's batches: row numbers (int32) for arrays, else tuples of arrays."""
+        with self._iterator.catch_stop_iteration():
+            for _, _, batches in self._iterator:
+                yield next(batches)
+
+    def restart(self) -> None:
+        """Start again from the source's beginning, as Keras does before the first epoch and before every evaluation."""
+        self._iterator.reset()
+
+
+class _HostIterator(EpochIterator):
+    """Keras' iterator over host batches for JAX, one batch at a time."""
+
+    def __init__(self, source: EpochIterator):
+        self.__dict__.update(source.__dict__)
+        self.steps_per_execution = 1
+
+    def _get_iterator(self):
+        return self.data_adapter.get_jax_iterator()
+
+    def __next__(self):
+        return next(self._epoch_iterator)
+
+
+def is_sparse(leaf) -> bool:
+    """Whether Keras would hand this array to the model in a sparse or ragged form. Keras 3.15: private helpers."""
+    tests = ("is_scipy_sparse", "is_jax_sparse", "is_tensorflow_sparse", "is_tensorflow_ragged")
+    return any(getattr(data_adapter_utils, test)(leaf) for test in tests)
+
+
+def split_validation(arrays, validation_split: float):
+    """Keras' own split of `(x, y, sample_weight)` into training and validation rows. Keras 3.15: private."""
+    from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+
+    unwrap = lambda part: keras.tree.map_structure(lambda leaf: getattr(leaf, "array", leaf), part)
+    training, validation = train_validation_split(arrays, validation_split)
+    return unwrap(training), unwrap(validation)
+
+
+def jaxpr_as_function(closed_jaxpr) -> Callable[..., list]:
+    """A traced program as a function of its flat inputs. JAX 0.10 exports it in `jax.extend.core`."""
+    from jax.extend.core import jaxpr_as_fun
+
+    return jaxpr_as_fun(closed_jaxpr)

@@ -1,0 +1,249 @@
+"""Feeds: training data as blocks of equal batches, filled on the host while the devices compute.
+
+A block holds up to `capacity` batches in one buffer per array, of shape (capacity, batch, ...), so that one compiled
+program can run them all. Two buffers take turns; one is filled again only after the program that read it has finished.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from parafit import compat
+from parafit.errors import DataError
+
+BLOCK_BYTES = 4 << 20  # Measured: small enough to stay in the cache between the host's write and the device's read,
+MOST_STEPS = 256  # and still enough steps to hide the cost of a dispatch.
+_BUFFERS = 2
+_ALIGNMENT_BYTES = 64  # XLA:CPU reads a host buffer in place where it is aligned so, and copies it where not.
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some steps' batches, ready for a program.
+
+    Attributes:
+        steps: how many batches are in it, at most its capacity.
+        arrays: pytree of host arrays, each of shape (capacity, batch, ...); rows beyond `steps` are left over.
+        release: to be called with an output of the program that reads the block, once it is dispatched.
+    """
+
+    steps: int
+    arrays: Any
+    release: Callable[[jax.Array], None]
+
+
+class Feed:
+    """The batches of a run, in Keras' order, as blocks.
+
+    Args:
+        x, y, sample_weight, batch_size, steps_per_epoch, shuffle, class_weight: as in `keras.Model.fit`.
+
+    Attributes:
+        steps_per_epoch: steps in an epoch, None where the source does not tell.
+        rows: how many rows the arrays have, None for other sources.
+
+    Raises:
+        DataError: arrays that are empty, of different lengths, or of a dtype no network can read.
+    """
+
+    def __init__(self, x, y=None, sample_weight=None, *, batch_size=None, steps_per_epoch=None, shuffle=False, class_weight=None):
+        x, y, sample_weight = (jax.tree.map(_plain, part, is_leaf=_is_array) for part in (x, y, sample_weight))
+        check_lengths(x, y, sample_weight)
+        options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
+        self._batches = compat.Batches(x, y, sample_weight, **options)
+        self._arrays = None if self._batches.arrays is None else jax.tree.map(_as_array, self._batches.arrays)
+        self._in_order = not shuffle
+        self._most_steps = min(MOST_STEPS, self.steps_per_epoch or MOST_STEPS)
+        self._buffers: dict[Any, _Buffers] = {}
+        self._largest_batch = 0
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        return self._batches.steps_per_epoch
+
+    @property
+    def rows(self) -> int | None:
+        return None if self._arrays is None else len(jax.tree.leaves(self._arrays)[0])
+
+    def example(self) -> Any:
+        """One batch to build a model on."""
+        batch = next(self._batches.epoch())
+        return batch if self._arrays is None else jax.tree.map(lambda array: array[batch], self._arrays)
+
+    def restart(self) -> None:
+        """Start again from the source's beginning."""
+        self._batches.restart()
+
+    def foreseen(self) -> list[Any]:
+        """Block arrays of every shape an epoch will have, holding the first rows; empty where the source does not tell."""
+        if self._arrays is None:
+            return []
+        batch_size = min(self._batches.batch_size, self.rows)
+        sizes = [batch_size, self.rows % batch_size] if self._batches.steps_per_epoch * batch_size > self.rows else [batch_size]
+        return [self._fill(iter(()), np.arange(size), 1)[0].arrays for size in sizes if size]
+
+    def limit(self, strides: list[int]) -> None:
+        """Make no room in a block for more steps than ever run between two callbacks."""
+        self._most_steps = min(self._most_steps, *strides) if strides else self._most_steps
+
+    def epoch(self) -> "Epoch":
+        """The next epoch's blocks."""
+        return Epoch(self._batches.epoch(), self._fill)
+
+    def find_non_finite(self) -> str:
+        """In words, which rows hold NaN or infinite values; empty where there are none or the rows are not known."""
+        found = []
+        for array in jax.tree.leaves(self._arrays):
+            if array.dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))):
+                found.append(f"an array of shape {array.shape} holds NaN or infinite values in {len(bad)} rows, the first is row {bad[0]}")
+        return f"The data has them already: {'; '.join(found)}." if found else ""
+
+    def _fill(self, batches: Iterator[Any], first: Any, most: int) -> tuple[Block, Any]:
+        """A block of `first` and what follows, and the batch of another shape that ended it, or None."""
+        shape = _shape(first)
+        buffers = self._buffers.get(shape) or self._make_buffers(shape, first)
+        members, other = [first], None
+        while len(members) < min(most, buffers.capacity) and (other := next(batches, None)) is not None:
+            if _shape(other) != shape:
+                break
+            members.append(other)
+            other = None
+        arrays, release = buffers.next()
+        if self._arrays is None:
+            _stack(members, arrays)
+        else:
+            jax.tree.map(self._gather_into(np.concatenate(members)), self._arrays, arrays)
+        return Block(len(members), arrays, release), other
+
+    def _make_buffers(self, shape, first) -> "_Buffers":
+        """Buffers for batches of this shape; a batch smaller than before is an epoch's last and gets room for one."""
+        leaves = jax.tree.map(_spec, first) if self._arrays is None else jax.tree.map(lambda array: _rows_spec(array, len(first)), self._arrays)
+        sizes = [leaf.shape[0] for leaf in jax.tree.leaves(leaves) if leaf.shape]
+        batch_size = max(sizes, default=1)
+        batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+        capacity = 1 if batch_size < self._largest_batch else max(1, min(BLOCK_BYTES // max(batch_bytes, 1), self._most_steps))
+        self._largest_batch = max(self._largest_batch, batch_size)
+        self._buffers[shape] = _Buffers(leaves, capacity)
+        return self._buffers[shape]
+
+    def _gather_into(self, rows: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
+        consecutive = self._in_order and rows[-1] - rows[0] == len(rows) - 1
+
+        def gather(array: np.ndarray, buffer: np.ndarray) -> None:
+            target = buffer.reshape((-1, *buffer.shape[2:]))[: len(rows)]
+            if consecutive:
+                target[...] = array[rows[0] : rows[-1] + 1]
+            elif array.dtype == target.dtype:
+                np.take(array, rows, axis=0, out=target, mode="clip")
+            else:
+                target[...] = array[rows]
+
+        return gather
+
+
+class Epoch:
+    """One epoch's batches, taken in blocks of the size the caller wants next."""
+
+    def __init__(self, batches: Iterator[Any], fill: Callable):
+        self._batches, self._fill, self._waiting = batches, fill, None
+
+    def take(self, most: int) -> Block | None:
+        """Up to `most` batches of one shape, None at the end of the epoch."""
+        first = next(self._batches, None) if self._waiting is None else self._waiting
+        if first is None:
+            return None
+        block, self._waiting = self._fill(self._batches, first, most)
+        return block
+
+
+class _Buffers:
+    """Host buffers that take turns, for blocks of `capacity` batches of one shape."""
+
+    def __init__(self, leaves, capacity: int):
+        self.capacity = capacity
+        self._turns = [jax.tree.map(lambda leaf: _aligned((capacity, *leaf.shape), leaf.dtype), leaves) for _ in range(_BUFFERS)]
+        self._readers: list[jax.Array | None] = [None] * _BUFFERS
+        self._turn = 0
+
+    def next(self) -> tuple[Any, Callable[[jax.Array], None]]:
+        """The buffers whose turn it is, once nothing reads them any more, and how to say what reads them now."""
+        turn, self._turn = self._turn, (self._turn + 1) % _BUFFERS
+        if self._readers[turn] is not None:
+            jax.block_until_ready(self._readers[turn])
+        return self._turns[turn], lambda reader: self._readers.__setitem__(turn, reader)
+
+
+def check_lengths(x, y, sample_weight) -> None:
+    """Refuse arrays that have no rows or not the same number of rows, naming them."""
+    named = {"x": x, "y": y, "sample_weight": sample_weight}
+    rows = {name: [leaf.shape[0] for leaf in jax.tree.leaves(part, is_leaf=_is_array) if len(getattr(leaf, "shape", None) or ()) > 0] for name, part in named.items()}
+    lengths = {length for part in rows.values() for length in part}
+    told = ", ".join(f"{name}: {' and '.join(map(str, part))} rows" for name, part in rows.items() if part)
+    if 0 in lengths:
+        raise DataError(f"the data is empty ({told}). At least one row is needed.")
+    if len(lengths) > 1:
+        raise DataError(f"the arrays have different numbers of rows ({told}). Every row of x needs its row of y and of sample_weight.")
+
+
+def is_sparse(*parts) -> bool:
+    """Whether any array among these is sparse or ragged."""
+    return any(compat.is_sparse(leaf) for leaf in jax.tree.leaves(parts, is_leaf=_is_array))
+
+
+def _is_array(part) -> bool:
+    """Whether part of the user's data is one array, table or source rather than a structure of them."""
+    return not isinstance(part, (list, tuple, dict))
+
+
+def _plain(leaf):
+    """Tables that Keras does not know (polars, Arrow) as NumPy arrays; lists of numbers refused with advice."""
+    if isinstance(leaf, (bool, int, float, str)):
+        raise DataError(f"expected arrays, got a list that holds {leaf!r}. Turn lists of numbers into an array with numpy.asarray(...).")
+    return np.asarray(leaf) if type(leaf).__module__.split(".")[0] in ("polars", "pyarrow") else leaf
+
+
+def _as_array(leaf) -> np.ndarray:
+    """What Keras makes of one array of the user's: pandas columns upright, the rest as it is."""
+    array = np.asarray(leaf)
+    if type(leaf).__module__.startswith("pandas") and array.ndim == 1:
+        array = array[:, np.newaxis]
+    if array.dtype.kind not in "biufcV":  # V: bfloat16 and its kin
+        raise DataError(
+            f"an array of shape {array.shape} has dtype {array.dtype}, which a network cannot read (first value: {array.reshape(-1)[0]!r}). "
+            "Turn text and mixed columns into numbers first; `parafit train` and parafit.tables do that for tables."
+        )
+    return array
+
+
+def _rows_spec(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array's batch of so many rows, as shape and dtype only; floats in Keras' floatx, as Keras feeds them."""
+    dtype = np.dtype(compat.floatx()) if jax.numpy.issubdtype(array.dtype, np.floating) else array.dtype
+    return np.broadcast_to(np.empty((), jax.dtypes.canonicalize_dtype(dtype)), (rows, *array.shape[1:]))
+
+
+def _spec(array) -> np.ndarray:
+    """A batch's array as shape and dtype only."""
+    return np.broadcast_to(np.empty((), jax.dtypes.canonicalize_dtype(np.asarray(array).dtype)), np.shape(array))
+
+
+def _shape(batch) -> Any:
+    """What two batches must share to run in one program."""
+    if isinstance(batch, np.ndarray):
+        return batch.shape[0]
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves)
+
+
+def _stack(members: list, arrays) -> None:
+    for position, member in enumerate(members):
+        jax.tree.map(lambda array, buffer: buffer.__setitem__(position, array), member, arrays)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    byte_count = int(np.prod(shape)) * dtype.itemsize
+    memory = np.zeros(byte_count + _ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT_BYTES
+    return memory[start : start + byte_count].view(dtype).reshape(shape)

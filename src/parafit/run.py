@@ -1,0 +1,164 @@
+"""Training, evaluation and prediction: steps in compiled chunks, callbacks between them.
+
+A *group* is what runs between two callbacks: as many blocks as take a fraction of a second, dispatched one after the
+other so that the host fills the next block while the devices compute. Before every callback the model holds the
+current state; after it the state is read again, so what a callback writes counts.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from parafit.adapt import KerasModel
+from parafit.chunk import Tally
+from parafit.data import Epoch, Feed
+from parafit.errors import NonFiniteLossError
+from parafit.mesh import Placement
+from parafit.progress import Pace, Progress
+
+
+def train(
+    progress: Progress,
+    feed: Feed,
+    callbacks,
+    pace: Pace,
+    *,
+    first_epoch: Callable[[], int],
+    epochs: int,
+    validate: Callable[[int], dict],
+) -> None:
+    """Train for epochs `first_epoch()` to `epochs`, as `keras.Model.fit` does once data and callbacks are there.
+
+    Args:
+        progress: the model's training step on the plan's devices.
+        feed: the training data.
+        callbacks: the run's callbacks; `model.history` is among them.
+        pace: how many steps to run between two callbacks.
+        first_epoch: asked after `on_train_begin`, when a callback may have restored a state.
+        epochs: the epoch to stop before.
+        validate: called with the epoch's number, gives the logs to add to it.
+
+    Raises:
+        NonFiniteLossError: the loss became NaN or infinite and no callback ended training for it.
+    """
+    adapter, model = progress.adapter, progress.adapter.model
+    model.stop_training = False
+    finished, logs = False, {}
+    callbacks.on_train_begin()
+    try:
+        for epoch in range(first_epoch(), epochs):
+            model.reset_metrics()
+            callbacks.on_epoch_begin(epoch)
+            last = _train_epoch(epoch, feed, progress, callbacks, pace)
+            logs = adapter.result(last) | validate(epoch)
+            callbacks.on_epoch_end(epoch, logs)
+            if model.stop_training:
+                break
+        finished = True
+    finally:
+        progress.leave()
+        if epochs > 0:
+            adapter.finish_training()
+        if finished:
+            callbacks.on_train_end(logs)
+
+
+def evaluate(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
+    """The loss and metrics of the model on the feed's one epoch, by name."""
+    model = adapter.model
+    progress = Progress(adapter, adapter.test_step(), placement)
+    model.stop_evaluating = False
+    callbacks.on_test_begin()
+    model.reset_metrics()
+    logs = {}
+    for group in _groups(feed.epoch(), progress, pace, callbacks.on_test_batch_begin):
+        logs = group.tally.logs
+        callbacks.on_test_batch_end(group.last, logs)
+        if model.stop_evaluating:
+            break
+    progress.leave()
+    logs = adapter.result(logs)
+    callbacks.on_test_end(logs)
+    return logs
+
+
+def predict(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
+    """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
+    model = adapter.model
+    progress = Progress(adapter, adapter.predict_step(), placement)
+    model.stop_predicting = False
+    callbacks.on_predict_begin()
+    parts = []
+    for group in _groups(feed.epoch(), progress, pace, callbacks.on_predict_batch_begin):
+        parts.extend(group.outputs)
+        callbacks.on_predict_batch_end(group.last, {"outputs": group.outputs[-1]})
+        if model.stop_predicting:
+            break
+    progress.leave()
+    callbacks.on_predict_end()
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Steps that ran between two callbacks: number of the first and last step, the tally after them, and predictions."""
+
+    first: int
+    last: int
+    tally: Tally
+    outputs: list
+
+
+def _train_epoch(epoch: int, feed: Feed, progress: Progress, callbacks, pace: Pace) -> dict:
+    model = progress.adapter.model
+    logs = {}
+    for group in _groups(feed.epoch(), progress, pace, callbacks.on_train_batch_begin):
+        logs = group.tally.logs
+        callbacks.on_train_batch_end(group.last, logs)
+        if not group.tally.healthy and not model.stop_training:
+            raise _bad_loss(epoch, group.last, float(logs["loss"]), feed, progress)
+        if model.stop_training:
+            break
+    return logs
+
+
+def _groups(epoch: Epoch, progress: Progress, pace: Pace, on_begin: Callable[[int], None]):
+    first = 0
+    block = epoch.take(pace.next_steps())
+    while block is not None:
+        on_begin(first)
+        progress.enter()
+        planned, compiling, started = pace.next_steps(), progress.seconds_compiling, time.perf_counter()
+        steps, outputs = 0, []
+        while block is not None:
+            outputs.append((block.steps, progress.run(block)))
+            steps += block.steps
+            block = epoch.take(planned - steps) if steps < planned else None
+        tally = progress.rest()
+        pace.record(steps, time.perf_counter() - started - (progress.seconds_compiling - compiling))
+        last = first + (steps - 1 if tally.healthy else int(tally.done))
+        yield Group(first, last, tally, [_rows(*part) for part in outputs])
+        first += steps
+        block = epoch.take(pace.next_steps())
+
+
+def _rows(steps: int, outputs: Any) -> Any:
+    """Predictions of shape (capacity, batch, ...) as host arrays of shape (steps · batch, ...)."""
+    return jax.tree.map(lambda array: np.asarray(array)[:steps].reshape((-1, *array.shape[2:])), outputs)
+
+
+def _bad_loss(epoch: int, step: int, loss: float, feed: Feed, progress: Progress) -> NonFiniteLossError:
+    """Bring the last good weights back and say what happened."""
+    kept = progress.recover()
+    causes = feed.find_non_finite() or "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
+    return NonFiniteLossError(
+        f"the loss became {loss} in epoch {epoch + 1} at step {step + 1}. Training stopped; the model holds {kept}. {causes} "
+        "To end training without an error, pass keras.callbacks.TerminateOnNaN().",
+        epoch=epoch,
+        step=step,
+        value=loss,
+    )

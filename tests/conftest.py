@@ -1,0 +1,38 @@
+"""Every test runs on 8 simulated CPU devices, with Keras' global state put back afterwards."""
+
+import parafit  # noqa: F401  (chooses Keras' backend, so it comes first)
+
+import jax
+import keras
+import numpy as np
+import pytest
+from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    keras.utils.set_random_seed(1)
+    yield
+    keras.backend.clear_session()
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Keras and JAX in float64 for one test.
+
+    On JAX, Keras 3.15 promotes float64 with float32 to float32, so that normalisation and attention round to float32
+    even where floatx is float64; here they do not.
+    """
+    monkeypatch.setitem(BIT64_TO_BIT32_DTYPE, "float64", "float64")
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    with jax.enable_x64(True):
+        yield
+    keras.config.set_floatx(before)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,66 @@
+"""The Plan noun: what it refuses, and that it survives JSON, pickling and hashing."""
+
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parafit.errors import PlanError
+from parafit.plan import Plan
+
+
+@given(st.integers(2, 10**6))
+def test_round_trips(size):
+    plan = Plan.parse(f"data={size}")
+    assert plan.device_count == size
+    for copy in (Plan.from_json(plan.to_json()), pickle.loads(pickle.dumps(plan)), Plan.parse(plan.short())):
+        assert copy == plan
+        assert hash(copy) == hash(plan)
+
+
+def test_is_frozen():
+    plan = Plan.parse("data=2")
+    with pytest.raises(AttributeError):
+        plan.axes = {}
+    with pytest.raises(TypeError):
+        plan.axes["data"] = 4
+
+
+def test_single_prints():
+    assert str(Plan()).startswith("plan    single (one device)")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"axes": {"data": 2}}, "axis 'data' splits nothing: no dim is mapped to it"),
+        ({"compute": {"batch": "data"}}, "dim 'batch' is mapped to axis 'data', but the plan's axes are none"),
+        ({"axes": {"data": 2.0}, "compute": {"batch": "data"}}, "a whole number of at least 2"),
+        ({"axes": {"pipeline": 2}, "compute": {"layer": "pipeline"}}, "unknown axis 'pipeline'"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(PlanError, match=message):
+        Plan(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "not a plan's JSON"),
+        ("[1]", "not a parafit plan of format 1"),
+        ('{"format": 2}', "not a parafit plan of format 1"),
+        ('{"format": 1, "colour": "red"}', "fields parafit does not know: 'colour'"),
+    ],
+)
+def test_refuses_json(text, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(text)
+
+
+def test_refuses_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="cannot read a plan"):
+        Plan.load(path)
