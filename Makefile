@@ -15,7 +15,7 @@ test: $(VENV)/.test  ## the whole test suite and the doctests
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: $(VENV)/.bench  ## a short benchmark against Keras, TensorFlow, PyTorch and scikit-learn
 	$(RUN) -m benchmarks.run --quick --out out/bench.json

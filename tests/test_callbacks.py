@@ -22,7 +22,9 @@ def both(make_callbacks, *, fit=None, read=lambda model, callbacks: None):
         keras.utils.set_random_seed(3)
         model, x, y = mlp()
         listed = make_callbacks()
-        history = run.fit(model, x, y, **({"batch_size": 8, "epochs": 3, "verbose": 0, "validation_split": 0.2} | (fit or {})), callbacks=listed)
+        history = run.fit(
+            model, x, y, **({"batch_size": 8, "epochs": 3, "verbose": 0, "validation_split": 0.2} | (fit or {})), callbacks=listed
+        )
         seen.append((history.epoch, history.history, model.get_weights(), read(model, listed)))
     (epochs, history, weights, read_out), (our_epochs, our_history, our_weights, our_read_out) = seen
     assert our_epochs == epochs
@@ -43,7 +45,7 @@ class Recorder(kc.Callback):
 
     def _note(name):  # noqa: N805
         def hook(self, *arguments, logs=None):
-            *numbers, last = arguments or (None,)
+            last = arguments[-1] if arguments else None
             logs = logs if logs is not None or not isinstance(last, dict) else last
             self.calls.append((name, *(n for n in arguments if isinstance(n, int)), *sorted(logs or ())))
 
@@ -212,7 +214,14 @@ def strides(callbacks, phase="train"):
 
 
 def test_known_callbacks_do_not_slow_a_run_down(tmp_path):
-    quiet = [kc.History(), kc.EarlyStopping(), kc.CSVLogger(tmp_path / "a.csv"), kc.ProgbarLogger(), kc.TerminateOnNaN(), kc.LambdaCallback()]
+    quiet = [
+        kc.History(),
+        kc.EarlyStopping(),
+        kc.CSVLogger(tmp_path / "a.csv"),
+        kc.ProgbarLogger(),
+        kc.TerminateOnNaN(),
+        kc.LambdaCallback(),
+    ]
     assert strides([*quiet, kc.ModelCheckpoint("a.keras"), kc.BackupAndRestore(tmp_path)]) == []
     assert strides([kc.ModelCheckpoint("a.keras", save_freq=7), kc.BackupAndRestore(tmp_path, save_freq=3)]) == [3, 7]
     assert strides([kc.LambdaCallback(on_train_batch_end=lambda batch, logs: None)]) == [1]

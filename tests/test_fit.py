@@ -88,11 +88,19 @@ def test_mixed_precision(policy):
 
 
 LOSSES_AND_METRICS = {
-    "categorical": ("categorical_crossentropy", ["accuracy", keras.metrics.TopKCategoricalAccuracy(2), "auc"], np.eye(3)[np.arange(75) % 3]),
+    "categorical": (
+        "categorical_crossentropy",
+        ["accuracy", keras.metrics.TopKCategoricalAccuracy(2), "auc"],
+        np.eye(3)[np.arange(75) % 3],
+    ),
     "hinge": ("categorical_hinge", ["mae"], np.eye(3)[np.arange(75) % 3]),
     "regression": (keras.losses.Huber(), ["mae", keras.metrics.R2Score()], np.random.default_rng(2).normal(size=(75, 3))),
     "divergence": ("kl_divergence", ["mse"], np.full((75, 3), 1 / 3)),
-    "binary": ("binary_crossentropy", [keras.metrics.Precision(), keras.metrics.Recall(), keras.metrics.F1Score()], np.eye(3)[np.arange(75) % 3]),
+    "binary": (
+        "binary_crossentropy",
+        [keras.metrics.Precision(), keras.metrics.Recall(), keras.metrics.F1Score()],
+        np.eye(3)[np.arange(75) % 3],
+    ),
 }
 
 

@@ -172,7 +172,9 @@ def test_bad_data(name):
 
 
 def test_a_shape_the_model_does_not_take_names_both():
-    with pytest.raises(ValueError, match=r"expected axis -1 of input shape to have value 4.*\(8, 3\)|expected shape=\(None, 4\), found shape=\(8, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"expected axis -1 of input shape to have value 4.*\(8, 3\)|expected shape=\(None, 4\), found shape=\(8, 3\)"
+    ):
         parafit.fit(linear(), X[:, :3], Y, batch_size=8, verbose=0)
 
 
@@ -237,3 +239,10 @@ def test_blocks_hold_every_row_once_in_order():
         rows.append(np.array(block.arrays)[: block.steps].reshape(-1))
     assert [len(part) for part in rows] == [12, 8, 3]
     np.testing.assert_array_equal(np.concatenate(rows), np.arange(23))
+
+
+@pytest.mark.parametrize("plan", ["single", "data=8"])
+def test_data_that_stays_on_the_devices_gives_the_same_numbers(plan, monkeypatch):
+    streamed = losses(parafit, X, Y, batch_size=8, plan=plan)
+    monkeypatch.setattr(parafit.mesh.Placement, "keeps", lambda self, byte_count: True)
+    np.testing.assert_array_equal(losses(parafit, X, Y, batch_size=8, plan=plan), streamed)

@@ -141,6 +141,10 @@ def _check(model, verb: str) -> None:
     if not isinstance(model, keras.Model):
         raise ModelError(f"expected a keras.Model, got {type(model).__name__}: {model!r:.80}.")
     if verb != "predict" and not model.compiled:
-        raise ModelError(f"model {model.name!r} is not compiled, so {verb} has no loss. Call model.compile(optimizer, loss, metrics=...) first.")
+        raise ModelError(
+            f"model {model.name!r} is not compiled, so {verb} has no loss. Call model.compile(optimizer, loss, metrics=...) first."
+        )
     if verb == "fit" and model.optimizer is None:
-        raise ModelError(f"model {model.name!r} was compiled without an optimizer, so fit cannot train it. Call model.compile(optimizer, loss).")
+        raise ModelError(
+            f"model {model.name!r} was compiled without an optimizer, so fit cannot train it. Call model.compile(optimizer, loss)."
+        )

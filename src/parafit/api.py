@@ -23,18 +23,18 @@ def fit(
     *,
     batch_size: int | None = None,
     epochs: int = 1,
-    verbose="auto",
+    verbose: str | int = "auto",
     callbacks=None,
     validation_split: float = 0.0,
     validation_data=None,
-    shuffle=True,
+    shuffle: bool | str = True,
     class_weight: dict | None = None,
     sample_weight=None,
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
     validation_steps: int | None = None,
     validation_batch_size: int | None = None,
-    validation_freq=1,
+    validation_freq: int | list[int] = 1,
     plan: Plan | str = "auto",
 ):
     """Train a compiled Keras model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
@@ -92,6 +92,7 @@ def fit(
         data.check_lengths(x, y, sample_weight)
         (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
     feed = data.Feed(x, y, sample_weight, **options)
+    feed.keep_on(placement)
     adapter.build(feed.example)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
     pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
@@ -110,7 +111,9 @@ def fit(
     if price:
         print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
     feed.restart()
-    run.train(progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate)
+    run.train(
+        progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate
+    )
     if price and pace.steps:
         print(price.score(pace.seconds / pace.steps))
     return model.history
@@ -122,7 +125,7 @@ def evaluate(
     y=None,
     *,
     batch_size: int | None = None,
-    verbose="auto",
+    verbose: str | int = "auto",
     sample_weight=None,
     steps: int | None = None,
     callbacks=None,
@@ -155,7 +158,14 @@ def evaluate(
 
 
 def predict(
-    model, x, *, batch_size: int | None = None, verbose="auto", steps: int | None = None, callbacks=None, plan: Plan | str = "auto"
+    model,
+    x,
+    *,
+    batch_size: int | None = None,
+    verbose: str | int = "auto",
+    steps: int | None = None,
+    callbacks=None,
+    plan: Plan | str = "auto",
 ) -> Any:
     """The model's outputs for data: `keras.Model.predict`, in compiled chunks of steps. The model need not be compiled.
 
@@ -197,7 +207,9 @@ def read_plan(plan: Plan | str) -> Plan:
     if isinstance(plan, Path) or str(plan).endswith(".json"):
         return Plan.load(plan)
     if not isinstance(plan, str):
-        raise PlanError(f"plan={plan!r} is a {type(plan).__name__}: expected 'auto', a Plan, a text such as 'data=8', or the path of a plan's JSON file.")
+        raise PlanError(
+            f"plan={plan!r} is a {type(plan).__name__}: expected 'auto', a Plan, a text such as 'data=8', or the path of a JSON file."
+        )
     return Plan() if plan == "auto" else Plan.parse(plan)
 
 

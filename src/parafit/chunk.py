@@ -12,7 +12,7 @@ import numpy as np
 
 from parafit import compat
 from parafit.adapt import State, Step
-from parafit.mesh import Placement
+from parafit.mesh import Lookup, Placement
 from parafit.rewrite import rewrite_jaxpr
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
@@ -83,11 +83,15 @@ def find_chunk(model, step: Step, arrays, placement: Placement) -> Chunk:
 def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
     held = step.read_fixed(), step.read(), arrays
     fixed, state, arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
+    batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
     run_step, outputs = _trace(step, fixed, state, batch, placement)
     predicts = step.name == "predict"
-    many = _predict_many(run_step, outputs, capacity) if predicts else _run_many(run_step, capacity, guarded=step.stops_on_bad_loss and "loss" in outputs)
+    many = (
+        _predict_many(run_step, outputs, capacity)
+        if predicts
+        else _run_many(run_step, capacity, guarded=step.stops_on_bad_loss and "loss" in outputs)
+    )
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
     return Chunk(program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), tally.logs, capacity)
@@ -151,8 +155,9 @@ def _predict_many(run_step: Callable, outputs, capacity: int) -> Callable:
         def body(index, carry):
             state, collected = carry
             predictions, state = run_step(fixed, state, _batch(arrays, index))
-            put = lambda array, part: jax.lax.dynamic_update_index_in_dim(array, part, index, 0)
-            return state, jax.tree.map(put, collected, predictions)
+            return state, jax.tree.map(
+                lambda array, part: jax.lax.dynamic_update_index_in_dim(array, part, index, 0), collected, predictions
+            )
 
         empty = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), outputs)
         state, collected = jax.lax.fori_loop(0, steps, body, (state, empty))
@@ -162,6 +167,9 @@ def _predict_many(run_step: Callable, outputs, capacity: int) -> Callable:
 
 
 def _batch(arrays, index):
+    if isinstance(arrays, Lookup):
+        rows = jax.lax.dynamic_index_in_dim(arrays.rows, index, keepdims=False)
+        return jax.tree.map(lambda array: jnp.take(array, rows, axis=0, mode="clip"), arrays.table)
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), arrays)
 
 
@@ -174,6 +182,5 @@ def _shardings(placement: Placement, arrays, outputs, capacity: int) -> dict:
     if placement.mesh is None:
         return {}
     whole = placement.replicated
-    blocks = jax.tree.map(lambda leaf: placement.block(leaf.shape), arrays)
     collected = jax.tree.map(lambda leaf: placement.block((capacity, *leaf.shape)), outputs)
-    return {"in_shardings": (whole, whole, whole, whole, blocks), "out_shardings": (whole, whole, collected)}
+    return {"in_shardings": (whole, whole, whole, whole, placement.blocks(arrays)), "out_shardings": (whole, whole, collected)}

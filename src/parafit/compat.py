@@ -16,26 +16,46 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 floatx = keras.config.floatx
 unpack = keras.utils.unpack_x_y_sample_weight
 
-# Keras 3.15: private, and the same in 3.10-3.14. `model.fit` calls it to create metric, loss and optimizer variables
-# without running anything; the public way (`build`, `compile`) leaves metric variables to the first call.
-symbolic_build: Callable[..., None] = lambda model, batch: model._symbolic_build(data_batch=batch)
 
-# Keras 3.15: the order in which `evaluate` returns a list of values is defined nowhere else.
-flatten_metrics: Callable[..., Any] = lambda model, logs: model._flatten_metrics_in_order(logs)
+def symbolic_build(model, batch) -> None:
+    """Create metric, loss and optimizer variables without running anything, as `model.fit` does.
 
-# Keras 3.15: `validation_freq` as an int or a list, with Keras' own error for anything else.
-should_validate: Callable[..., bool] = lambda model, epoch, frequency: model._should_eval(epoch, frequency)
+    Keras 3.15: private, and the same in 3.10-3.14; the public `build` and `compile` leave metric variables to the first call.
+    """
+    model._symbolic_build(data_batch=batch)
 
-# Keras 3.15: BackupAndRestore tells `fit` the epoch to go on with in this attribute.
-restored_epoch: Callable[..., int | None] = lambda model: model._initial_epoch
 
-# Keras 3.15: whether a TensorBoard callback looks at single batches although it writes once an epoch.
-times_batches: Callable[..., bool] = lambda callback: callback._should_trace or callback.write_steps_per_second
+def flatten_metrics(model, logs: dict) -> Any:
+    """Logs as the list `evaluate` returns. Keras 3.15: the order is defined nowhere else."""
+    return model._flatten_metrics_in_order(logs)
 
-# Keras 3.15: `v.value` and `v.assign` convert, check and look up scopes at every call, which costs more than a small
-# network's step when all variables are handed over; these read and set the pointer.
-read_variable: Callable[..., Any] = lambda variable: variable._value
-write_variable: Callable[..., None] = lambda variable, value: variable._direct_assign(value)
+
+def should_validate(model, epoch: int, frequency) -> bool:
+    """Whether `validation_freq` asks for validation. Keras 3.15: private; an int, a list, or Keras' own error."""
+    return model._should_eval(epoch, frequency)
+
+
+def restored_epoch(model) -> int | None:
+    """The epoch to go on with. Keras 3.15: BackupAndRestore tells `fit` in this attribute."""
+    return model._initial_epoch
+
+
+def times_batches(callback) -> bool:
+    """Whether a TensorBoard callback looks at single batches although it writes once an epoch. Keras 3.15: private."""
+    return callback._should_trace or callback.write_steps_per_second
+
+
+def read_variable(variable) -> Any:
+    """A variable's array. Keras 3.15: `value` and `assign` convert, check and look up scopes at every call.
+
+    For all variables together that costs more than a small network's step; these two read and set the pointer.
+    """
+    return variable._value
+
+
+def write_variable(variable, value) -> None:
+    """Let a variable hold this array; see `read_variable`."""
+    variable._direct_assign(value)
 
 
 def compiled_parts(model) -> tuple:
@@ -71,14 +91,15 @@ class Batches:
         # The checks, messages and weights of Keras; `_inputs` holds what it packed.
         source = EpochIterator(x, y, sample_weight, class_weight=class_weight, **options)
         adapter = source.data_adapter
-        self.arrays = self.batch_size = None
+        self.arrays: Any = None
+        self.batch_size: Any = None
         if isinstance(adapter, ArrayDataAdapter):
             self.arrays, self.batch_size = adapter._inputs, adapter.batch_size
             source = EpochIterator(np.arange(adapter._num_samples, dtype=np.int32), **options)
         self._iterator = _HostIterator(source)
 
     @property
-    def steps_per_epoch(self) -> int | None:
+    def steps_per_epoch(self) -> Any:
         """Steps in an epoch, None where the source does not tell."""
         return self._iterator.num_batches
 
@@ -104,7 +125,7 @@ class _HostIterator(EpochIterator):
         return self.data_adapter.get_jax_iterator()
 
     def __next__(self):
-        return next(self._epoch_iterator)
+        return next(self._epoch_iterator)  # type: ignore[arg-type]
 
 
 def is_sparse(leaf) -> bool:
@@ -113,13 +134,12 @@ def is_sparse(leaf) -> bool:
     return any(getattr(data_adapter_utils, test)(leaf) for test in tests)
 
 
-def split_validation(arrays, validation_split: float):
+def split_validation(arrays, validation_split: float) -> Any:
     """Keras' own split of `(x, y, sample_weight)` into training and validation rows. Keras 3.15: private."""
     from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 
-    unwrap = lambda part: keras.tree.map_structure(lambda leaf: getattr(leaf, "array", leaf), part)
-    training, validation = train_validation_split(arrays, validation_split)
-    return unwrap(training), unwrap(validation)
+    parts = train_validation_split(arrays, validation_split)
+    return keras.tree.map_structure(lambda leaf: getattr(leaf, "array", leaf), parts)
 
 
 def jaxpr_as_function(closed_jaxpr) -> Callable[..., list]:

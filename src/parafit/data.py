@@ -13,6 +13,7 @@ import numpy as np
 
 from parafit import compat
 from parafit.errors import DataError
+from parafit.mesh import Lookup, Placement
 
 BLOCK_BYTES = 4 << 20  # Measured: small enough to stay in the cache between the host's write and the device's read,
 MOST_STEPS = 256  # and still enough steps to hide the cost of a dispatch.
@@ -43,7 +44,6 @@ class Feed:
 
     Attributes:
         steps_per_epoch: steps in an epoch, None where the source does not tell.
-        rows: how many rows the arrays have, None for other sources.
 
     Raises:
         DataError: arrays that are empty, of different lengths, or of a dtype no network can read.
@@ -55,23 +55,27 @@ class Feed:
         options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
         self._batches = compat.Batches(x, y, sample_weight, **options)
         self._arrays = None if self._batches.arrays is None else jax.tree.map(_as_array, self._batches.arrays)
-        self._in_order = not shuffle
+        self._in_order, self._table = not shuffle, None
         self._most_steps = min(MOST_STEPS, self.steps_per_epoch or MOST_STEPS)
         self._buffers: dict[Any, _Buffers] = {}
         self._largest_batch = 0
 
     @property
-    def steps_per_epoch(self) -> int | None:
+    def steps_per_epoch(self) -> Any:
         return self._batches.steps_per_epoch
-
-    @property
-    def rows(self) -> int | None:
-        return None if self._arrays is None else len(jax.tree.leaves(self._arrays)[0])
 
     def example(self) -> Any:
         """One batch to build a model on."""
         batch = next(self._batches.epoch())
         return batch if self._arrays is None else jax.tree.map(lambda array: array[batch], self._arrays)
+
+    def keep_on(self, placement: Placement) -> None:
+        """Keep the data on the devices if it fits there; blocks then carry row numbers."""
+        specs = jax.tree.map(lambda array: _rows_spec(array, len(array)), self._arrays)
+        if self._arrays is not None and placement.keeps(_byte_count(specs)):
+            self._table = jax.tree.map(
+                lambda array, spec: jax.device_put(np.asarray(array, spec.dtype), placement.replicated), self._arrays, specs
+            )
 
     def restart(self) -> None:
         """Start again from the source's beginning."""
@@ -81,8 +85,9 @@ class Feed:
         """Block arrays of every shape an epoch will have, holding the first rows; empty where the source does not tell."""
         if self._arrays is None:
             return []
-        batch_size = min(self._batches.batch_size, self.rows)
-        sizes = [batch_size, self.rows % batch_size] if self._batches.steps_per_epoch * batch_size > self.rows else [batch_size]
+        rows = len(jax.tree.leaves(self._arrays)[0])
+        batch_size = min(self._batches.batch_size, rows)
+        sizes = [batch_size, rows % batch_size] if self._batches.steps_per_epoch * batch_size > rows else [batch_size]
         return [self._fill(iter(()), np.arange(size), 1)[0].arrays for size in sizes if size]
 
     def limit(self, strides: list[int]) -> None:
@@ -112,7 +117,9 @@ class Feed:
             members.append(other)
             other = None
         arrays, release = buffers.next()
-        if self._arrays is None:
+        if self._table is not None:
+            arrays.rows.reshape(-1)[: len(members) * shape] = np.concatenate(members)
+        elif self._arrays is None:
             _stack(members, arrays)
         else:
             jax.tree.map(self._gather_into(np.concatenate(members)), self._arrays, arrays)
@@ -120,11 +127,14 @@ class Feed:
 
     def _make_buffers(self, shape, first) -> "_Buffers":
         """Buffers for batches of this shape; a batch smaller than before is an epoch's last and gets room for one."""
-        leaves = jax.tree.map(_spec, first) if self._arrays is None else jax.tree.map(lambda array: _rows_spec(array, len(first)), self._arrays)
+        leaves = (
+            jax.tree.map(_spec, first) if self._arrays is None else jax.tree.map(lambda array: _rows_spec(array, len(first)), self._arrays)
+        )
         sizes = [leaf.shape[0] for leaf in jax.tree.leaves(leaves) if leaf.shape]
         batch_size = max(sizes, default=1)
-        batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
-        capacity = 1 if batch_size < self._largest_batch else max(1, min(BLOCK_BYTES // max(batch_bytes, 1), self._most_steps))
+        if self._table is not None:
+            leaves = Lookup(np.broadcast_to(np.int32(0), (batch_size,)), self._table)
+        capacity = 1 if batch_size < self._largest_batch else max(1, min(BLOCK_BYTES // max(_byte_count(leaves), 1), self._most_steps))
         self._largest_batch = max(self._largest_batch, batch_size)
         self._buffers[shape] = _Buffers(leaves, capacity)
         return self._buffers[shape]
@@ -164,7 +174,7 @@ class _Buffers:
 
     def __init__(self, leaves, capacity: int):
         self.capacity = capacity
-        self._turns = [jax.tree.map(lambda leaf: _aligned((capacity, *leaf.shape), leaf.dtype), leaves) for _ in range(_BUFFERS)]
+        self._turns = [jax.tree.map(lambda leaf: _buffer(capacity, leaf), leaves) for _ in range(_BUFFERS)]
         self._readers: list[jax.Array | None] = [None] * _BUFFERS
         self._turn = 0
 
@@ -179,7 +189,10 @@ class _Buffers:
 def check_lengths(x, y, sample_weight) -> None:
     """Refuse arrays that have no rows or not the same number of rows, naming them."""
     named = {"x": x, "y": y, "sample_weight": sample_weight}
-    rows = {name: [leaf.shape[0] for leaf in jax.tree.leaves(part, is_leaf=_is_array) if len(getattr(leaf, "shape", None) or ()) > 0] for name, part in named.items()}
+    rows = {
+        name: [leaf.shape[0] for leaf in jax.tree.leaves(part, is_leaf=_is_array) if len(getattr(leaf, "shape", None) or ()) > 0]
+        for name, part in named.items()
+    }
     lengths = {length for part in rows.values() for length in part}
     told = ", ".join(f"{name}: {' and '.join(map(str, part))} rows" for name, part in rows.items() if part)
     if 0 in lengths:
@@ -212,7 +225,7 @@ def _as_array(leaf) -> np.ndarray:
         array = array[:, np.newaxis]
     if array.dtype.kind not in "biufcV":  # V: bfloat16 and its kin
         raise DataError(
-            f"an array of shape {array.shape} has dtype {array.dtype}, which a network cannot read (first value: {array.reshape(-1)[0]!r}). "
+            f"an array of shape {array.shape} has dtype {array.dtype}, which no network reads (it starts with {array.reshape(-1)[0]!r}). "
             "Turn text and mixed columns into numbers first; `parafit train` and parafit.tables do that for tables."
         )
     return array
@@ -239,10 +252,19 @@ def _shape(batch) -> Any:
 
 def _stack(members: list, arrays) -> None:
     for position, member in enumerate(members):
-        jax.tree.map(lambda array, buffer: buffer.__setitem__(position, array), member, arrays)
+        for array, buffer in zip(jax.tree.leaves(member), jax.tree.leaves(arrays)):
+            buffer[position] = array
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _byte_count(leaves) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves) if not isinstance(leaf, jax.Array))
+
+
+def _buffer(capacity: int, leaf):
+    """Aligned memory for `capacity` arrays like this one; what stays on the devices stays as it is."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    shape, dtype = (capacity, *leaf.shape), leaf.dtype
     byte_count = int(np.prod(shape)) * dtype.itemsize
     memory = np.zeros(byte_count + _ALIGNMENT_BYTES, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT_BYTES

@@ -10,6 +10,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from parafit.errors import PlanError
 from parafit.plan import Plan
 
+RESIDENT_SHARE = 0.25
+"""Data stays on an accelerator if it takes less than this share of the memory that is free there."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lookup:
+    """A block that names rows of data that stays on the devices.
+
+    Attributes:
+        rows: row numbers, int32, of shape (capacity, batch).
+        table: pytree of arrays of shape (all rows, ...).
+    """
+
+    rows: Any
+    table: Any
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -31,9 +48,8 @@ class Placement:
     def __post_init__(self):
         wanted, there = self.plan.device_count, jax.device_count()
         if wanted > there:
-            device = jax.devices()[0]
             raise PlanError(
-                f"plan {self.plan.short()!r} wants {wanted} devices, but there {'is' if there == 1 else 'are'} {there} ({device.platform}). "
+                f"plan {self.plan.short()!r} wants {wanted} devices, but there are {there} ({jax.default_backend()}). "
                 f"Choose a smaller plan, or, to simulate devices on CPU, call jax.config.update('jax_num_cpu_devices', {wanted}) first."
             )
 
@@ -59,6 +75,12 @@ class Placement:
         whole_shares = len(shape) > 1 and shape[1] % self._batch_size_divisor == 0
         return NamedSharding(self.mesh, PartitionSpec(None, self._batch_axis)) if whole_shares else self.replicated
 
+    def blocks(self, arrays: Any) -> Any:
+        """`block` for every array of a block; what stays on the devices is whole on each."""
+        if isinstance(arrays, Lookup):
+            return Lookup(self.block(arrays.rows.shape), jax.tree.map(lambda array: self.replicated, arrays.table))
+        return jax.tree.map(lambda array: self.block(array.shape), arrays)
+
     def split_batch(self, batch: Any) -> Any:
         """Inside a program: split arrays of shape (batch, ...) over the devices."""
         if self.mesh is None:
@@ -79,9 +101,14 @@ class Placement:
         device = jax.devices()[0]
         return array if array.devices() == {device} else jax.device_put(array, device)
 
-    def put_block(self, array) -> jax.Array:
-        """One host array of shape (steps, batch, ...) brought to the devices."""
-        return jax.device_put(array, self.block(array.shape))
+    def put_block(self, arrays: Any) -> Any:
+        """A block's arrays of shape (steps, batch, ...) brought to the devices."""
+        return jax.device_put(arrays, None if self.mesh is None else self.blocks(arrays))
+
+    def keeps(self, byte_count: int) -> bool:
+        """Whether data of this size should stay on the devices: on accelerators where it fits; on CPU it is there anyway."""
+        memory = jax.devices()[0].memory_stats() or {}
+        return byte_count < RESIDENT_SHARE * (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0))
 
     def bring_home(self, array: jax.Array) -> jax.Array:
         """The copy of a replicated array on the first device: what is left in the model after a run."""

@@ -52,13 +52,17 @@ class Plan:
         for layout in (self.compute, self.store):
             for dim, axis in layout.items():
                 if axis not in self.axes:
-                    raise PlanError(f"dim {dim!r} is mapped to axis {axis!r}, but the plan's axes are {_names(self.axes)}. Add the axis or map the dim to another.")
+                    raise PlanError(
+                        f"dim {dim!r} is mapped to axis {axis!r}, but the plan's axes are {_names(self.axes)}. Map it to one of them."
+                    )
         idle = set(self.axes) - set(self.compute.values()) - set(self.store.values())
         if idle:
-            raise PlanError(f"axis {sorted(idle)[0]!r} splits nothing: no dim is mapped to it. Map one (such as batch → data) or leave the axis out.")
+            raise PlanError(
+                f"axis {sorted(idle)[0]!r} splits nothing: no dim is mapped to it. Map one (such as batch → data) or leave the axis out."
+            )
 
     def __hash__(self):
-        return hash(self.to_json())
+        return hash(tuple(tuple(part.items()) for part in (self.axes, self.compute, self.store)))
 
     def __reduce__(self):
         return Plan.from_json, (self.to_json(),)
@@ -84,7 +88,9 @@ class Plan:
         for part in text.split(","):
             axis, equals, size = (piece.strip() for piece in part.partition("="))
             if not equals or not size.lstrip("-").isdigit():
-                raise PlanError(f"cannot read {part.strip()!r} in plan {text!r}: expected AXIS=SIZE such as 'data=8', or 'single' for one device.")
+                raise PlanError(
+                    f"cannot read {part.strip()!r} in plan {text!r}: expected AXIS=SIZE such as 'data=8', or 'single' for one device."
+                )
             if axis in axes:
                 raise PlanError(f"plan {text!r} names axis {axis!r} twice.")
             _check_axis(axis, int(size))
@@ -141,7 +147,9 @@ def _check_axis(axis: str, size: int) -> None:
     if axis not in AXES:
         raise PlanError(f"unknown axis {axis!r}: this version runs the axes {_names(AXES)}.")
     if not isinstance(size, int) or isinstance(size, bool) or size < 2:
-        raise PlanError(f"axis {axis}={size!r} splits nothing: a size is a whole number of at least 2. Leave the axis out for one device ('single').")
+        raise PlanError(
+            f"axis {axis}={size!r} splits nothing: a size is a whole number of at least 2. Leave the axis out for one device ('single')."
+        )
 
 
 def _names(names) -> str:

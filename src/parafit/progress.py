@@ -62,11 +62,12 @@ class Progress:
         self.adapter = adapter
         self.seconds_compiling = 0.0
         self._step, self._placement = step, placement
-        self._state: State | None = None
-        self._written: State | None = None
-        self._tally: Tally | None = None
+        self._state: Any = None
+        self._written: Any = None
+        self._tally: Any = None
         self._fixed: list[jax.Array] = []
-        self._safeguard = Safeguard() if step.stops_on_bad_loss else None
+        self._found: dict[int, tuple[Any, Any]] = {}
+        self._safeguard: Any = Safeguard() if step.stops_on_bad_loss else None
 
     def compile(self, shapes: list[Any]) -> None:
         """Start compiling the programs for blocks of these shapes, all at once."""
@@ -77,7 +78,7 @@ class Progress:
         """Time a few steps on a copy of the state; the model's own state stays as it is."""
         state = jax.tree.map(lambda array: self._placement.put_state(array.copy()), self._step.read())
         chunk = self._find(arrays)
-        block = jax.tree.map(self._placement.put_block, arrays)
+        block = self._placement.put_block(arrays)
         steps, seconds = 1, 0.0
         for _ in range(2):  # the first run also brings memory in
             started = time.perf_counter()
@@ -94,16 +95,17 @@ class Progress:
         held = self._step.read()
         if self._safeguard:
             self._safeguard.update(held)
-        known = {id(array) for array in jax.tree.leaves(self._written)}
-        self._state = jax.tree.map(lambda array: array if id(array) in known else self._placement.put_state(array), _unshared(held))
-        self._fixed = [self._placement.put_state(array) for array in self._step.read_fixed()]
+        if self._written is None or not _same(held, self._written):
+            self._state = jax.tree.map(self._placement.put_state, _unshared(held))
+            self._fixed = [self._placement.put_state(array) for array in self._step.read_fixed()]
         self._tally = None
 
     def run(self, block: Block) -> Any:
         """Dispatch the steps of a block; gives the predictions, if the step makes any."""
         chunk = self._find(block.arrays)
         tally = self._tally or chunk.fresh_tally()
-        arrays = jax.tree.map(self._placement.put_block, block.arrays)
+        # One batch goes in as it is: a copy costs less than a call that avoids it.
+        arrays = block.arrays if chunk.capacity == 1 else self._placement.put_block(block.arrays)
         self._state, self._tally, outputs = chunk(self._fixed, self._state, tally, block.steps, arrays)
         block.release(self._tally.done if outputs is None else jax.tree.leaves(outputs)[0])
         return outputs
@@ -129,11 +131,19 @@ class Progress:
         self._step.write(jax.tree.map(self._placement.bring_home, self._step.read()))
 
     def _find(self, arrays) -> Chunk:
+        known, chunk = self._found.get(id(arrays), (None, None))
+        if known is arrays:  # buffers filled again
+            return chunk
         started = time.perf_counter()
         chunk = find_chunk(self.adapter.model, self._step, arrays, self._placement)
         chunk.wait()  # so that compiling is not taken for running
         self.seconds_compiling += time.perf_counter() - started
+        self._found[id(arrays)] = arrays, chunk
         return chunk
+
+
+def _same(state: State, other: State) -> bool:
+    return all(ours is theirs for group, others in zip(state, other) for ours, theirs in zip(group, others))
 
 
 def _unshared(state: State) -> State:

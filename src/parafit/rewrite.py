@@ -12,6 +12,7 @@ The values are those of the original to the rounding of its dtype; random bits, 
 import functools
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -427,9 +428,9 @@ def _choose_top_k(equation: JaxprEqn) -> Callable | None:
 
 
 def _ordered_keys(values: jax.Array) -> jax.Array:
-    """Integers in the order of float32 numbers; every NaN is the largest, and the smallest integer stands for none of them."""
-    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)
-    return jnp.where(jnp.isnan(values), jnp.iinfo(jnp.int32).max, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    """Integers in XLA's order of float32 numbers: by sign, then by bits, so that -0 < 0 and inf < nan. The smallest integer is none."""
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    return jnp.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.iinfo(jnp.int32).min + 1)
 
 
 # Random bits --------------------------------------------------------------------------------------------------------------------------
@@ -441,12 +442,14 @@ def _choose_random_bits(equation: JaxprEqn) -> Callable | None:
     if not ours or not 0 < math.prod(shape) < 2**32:
         return None
 
+    size = math.prod(shape)
+    half = -(-size // 2)
+
     def form(key):
-        counts = jnp.zeros(shape, jnp.uint32)
-        for dim, size in enumerate(shape):
-            counts = counts * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, dim)
-        first, second = _threefry(jax.random.key_data(key), counts)
-        return lax.optimization_barrier(first ^ second)  # else the backward pass computes them again
+        places, words = lax.iota(jnp.uint32, half), jax.random.key_data(key)
+        # A loop, because its result is kept: without, the backward pass computes the bits again.
+        halves = lax.map(lambda start: functools.reduce(operator.xor, _threefry(words, start + places)), np.uint32([0, half]))
+        return halves.reshape(-1)[:size].reshape(shape)
 
     return form
 

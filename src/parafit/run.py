@@ -154,7 +154,10 @@ def _rows(steps: int, outputs: Any) -> Any:
 def _bad_loss(epoch: int, step: int, loss: float, feed: Feed, progress: Progress) -> NonFiniteLossError:
     """Bring the last good weights back and say what happened."""
     kept = progress.recover()
-    causes = feed.find_non_finite() or "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
+    causes = (
+        feed.find_non_finite()
+        or "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
+    )
     return NonFiniteLossError(
         f"the loss became {loss} in epoch {epoch + 1} at step {step + 1}. Training stopped; the model holds {kept}. {causes} "
         "To end training without an error, pass keras.callbacks.TerminateOnNaN().",

@@ -1,6 +1,7 @@
 """Every test runs on 8 simulated CPU devices, with Keras' global state put back afterwards."""
 
-import parafit  # noqa: F401  (chooses Keras' backend, so it comes first)
+import parafit  # noqa: F401  # isort: skip  (chooses Keras' backend, so it comes first)
+
 
 import jax
 import keras
