@@ -5,7 +5,6 @@ over to `run`, which runs whole chunks of steps in compiled programs and calls t
 """
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 from parafit import compat, data, run
@@ -69,7 +68,7 @@ def fit(
     True
     """
     adapter = KerasModel(model, "fit")
-    placement = Placement(read_plan(plan))
+    placement = Placement(Plan.read(plan))
     options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
     if reason := _why_stepwise(adapter, x, y, sample_weight):
         _leave_to_keras(placement.plan, reason)
@@ -146,7 +145,7 @@ def evaluate(
     1.0
     """
     adapter = KerasModel(model, "evaluate")
-    placement = Placement(read_plan(plan))
+    placement = Placement(Plan.read(plan))
     if reason := _why_stepwise(adapter, x, y, sample_weight):
         _leave_to_keras(placement.plan, reason)
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
@@ -180,7 +179,7 @@ def predict(
     [[2.0], [2.0], [2.0]]
     """
     adapter = KerasModel(model, "predict")
-    placement = Placement(read_plan(plan))
+    placement = Placement(Plan.read(plan))
     if reason := _why_stepwise(adapter, x):
         _leave_to_keras(placement.plan, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
@@ -191,26 +190,6 @@ def predict(
     feed.limit(strides)
     feed.restart()
     return run.predict(adapter, feed, listed, run.Pace(strides), placement)
-
-
-def read_plan(plan: Plan | str) -> Plan:
-    """The plan meant by a `plan=` argument; "auto" is one device.
-
-    Raises:
-        PlanError: neither a plan, nor a plan's text, nor a file that holds one.
-
-    >>> read_plan("data=4").device_count
-    4
-    """
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, Path) or str(plan).endswith(".json"):
-        return Plan.load(plan)
-    if not isinstance(plan, str):
-        raise PlanError(
-            f"plan={plan!r} is a {type(plan).__name__}: expected 'auto', a Plan, a text such as 'data=8', or the path of a JSON file."
-        )
-    return Plan() if plan == "auto" else Plan.parse(plan)
 
 
 class _Validation:

@@ -121,6 +121,26 @@ class Plan:
         return cls(**content)
 
     @classmethod
+    def read(cls, plan: "Plan | str | Path") -> "Plan":
+        """The plan meant by a `plan=` argument; "auto" is one device.
+
+        Raises:
+            PlanError: neither a plan, nor a plan's text, nor a file that holds one.
+
+        >>> Plan.read("auto").device_count, Plan.read("data=4").device_count
+        (1, 4)
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, Path) or str(plan).endswith(".json"):
+            return cls.load(plan)
+        if not isinstance(plan, str):
+            raise PlanError(
+                f"plan={plan!r} is a {type(plan).__name__}: expected 'auto', a Plan, a text such as 'data=8', or the path of a JSON file."
+            )
+        return cls() if plan == "auto" else cls.parse(plan)
+
+    @classmethod
     def load(cls, path: "str | Path") -> "Plan":
         """Read a plan's JSON file.
 

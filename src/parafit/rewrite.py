@@ -1,8 +1,8 @@
 """Puts the operations that XLA:CPU runs badly, above all inside loops, into forms that it runs well.
 
-A chunk of training steps is one loop, and XLA:CPU's own clean-up of convolutions and of `top_k` visits a program's outermost
-computation only. Other operations are slow everywhere: kernel gradients of dense layers over more than two dimensions, gradients of
-max-pooling, depthwise convolutions, random bits, gradients accumulated step by step in the backward loop of a recurrent layer.
+A chunk of training steps is one loop, and XLA:CPU's own clean-up of convolutions visits a program's outermost computation only. Other
+operations are slow everywhere: kernel gradients of dense layers over more than two dimensions, pooling and its gradients, depthwise
+and grouped convolutions, random bits, `top_k` of few candidates, bfloat16 products. Thresholds are measured (JAX 0.10.2, Zen 5, 2 cores).
 This pass exchanges each such equation of a traced step for one equation that calls a function of plain, fast operations. Every other
 equation is kept as the very object it was, with its names, effects and sharding constraints.
 
@@ -13,16 +13,14 @@ import functools
 import itertools
 import math
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 
 MOST_OFFSETS = 64
 """Windows of more positions than this are left alone: the forms below grow with each position."""
@@ -30,8 +28,6 @@ MOST_TOP_PASSES = 128
 """`top_k` is left alone if k times the number of candidates is more than this: the form below takes two passes for each value."""
 MOST_GROUPS = 8
 """Grouped convolutions of more groups than this are not split into ordinary ones; gradients of kernels are, up to four times as many."""
-MOST_STACKED_BYTES = 2**26
-"""A gradient leaves its loop only if what must be kept for it fits in this much memory."""
 
 
 def rewrite(step: Callable) -> Callable:
@@ -89,10 +85,7 @@ class _Rewriter:
     def equation(self, equation: JaxprEqn) -> JaxprEqn:
         choose = _CHOOSERS.get(equation.primitive.name)
         form = choose(equation) if choose else None
-        if form is None:
-            return self.inside(equation)
-        call = self.exchanged(equation, form)
-        return self.inside(call) if equation.primitive.name == "scan" else call
+        return self.exchanged(equation, form) if form else self.inside(equation)
 
     def inside(self, equation: JaxprEqn) -> JaxprEqn:
         params = {name: self.param(value) for name, value in equation.params.items()}
@@ -131,27 +124,37 @@ def _call(equation: JaxprEqn, form: Callable) -> JaxprEqn:
     return call
 
 
-# Dense kernel gradients ---------------------------------------------------------------------------------------------------------------
+# Products of matrices -----------------------------------------------------------------------------------------------------------------
 
 
 def _choose_dot(equation: JaxprEqn) -> Callable | None:
+    sums, batch = equation.params["dimension_numbers"]
+    left, right, result = (var.aval for var in (*equation.invars, *equation.outvars))
+    if batch != ((), ()) or left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating) or equation.params["out_sharding"]:
+        return None
+    if sums[0] == sums[1] and set(sums[0]) == set(range(len(sums[0]))):
+        return _leading_product_form(equation)
+    return _half_precision_form(equation) if left.dtype == result.dtype == jnp.bfloat16 else None
+
+
+def _half_precision_form(equation: JaxprEqn) -> Callable:
+    """XLA:CPU uses the processor's bfloat16 products only where the result is float32 (JAX 0.10.2); both round once, at the end."""
+    options = {**equation.params, "preferred_element_type": jnp.dtype("float32")}
+    return lambda left, right: lax.dot_general(left, right, **options).astype(jnp.bfloat16)
+
+
+def _leading_product_form(equation: JaxprEqn) -> Callable | None:
     """A product summed over the leading dims of both operands: how a dense kernel's gradient is written."""
-    (left_sum, right_sum), batch = equation.params["dimension_numbers"]
-    left, right = (var.aval for var in equation.invars)
-    leading = tuple(range(len(left_sum)))
-    rows, columns = math.prod(left.shape[len(leading) :]), math.prod(right.shape[len(leading) :])
-    terms = math.prod(left.shape[: len(leading)])
-    if batch != ((), ()) or not leading or set(left_sum) != set(leading) or tuple(left_sum) != tuple(right_sum):
-        return None
-    if not (left.dtype == right.dtype and jnp.issubdtype(left.dtype, jnp.floating)) or equation.params["out_sharding"] is not None:
-        return None
-    if min(rows, columns, terms) < 2 or (len(leading) == 1 and _product_form(terms, rows, columns) is _plain_product):
+    left, right = (var.aval.shape for var in equation.invars)
+    leading = len(equation.params["dimension_numbers"][0][0])
+    terms, rows, columns = math.prod(left[:leading]), math.prod(left[leading:]), math.prod(right[leading:])
+    if min(rows, columns, terms) < 2 or (leading == 1 and _product_form(terms, rows, columns) is _plain_product):
         return None
     options = {name: equation.params[name] for name in ("precision", "preferred_element_type")}
 
     def form(left, right):
-        shape = left.shape[len(leading) :] + right.shape[len(leading) :]
-        return _kernel_gradient(left.reshape(terms, rows), right.reshape(terms, columns), **options).reshape(shape)
+        product = _kernel_gradient(left.reshape(terms, rows), right.reshape(terms, columns), **options)
+        return product.reshape(left.shape[leading:] + right.shape[leading:])
 
     return form
 
@@ -266,9 +269,8 @@ def _depthwise_correlate(images: jax.Array, kernel: jax.Array, groups: tuple[int
     """The gradient of a depthwise kernel. images: (channels, *space, batch), kernel: (*window, batch, channels·multiplier)."""
     channels, window = images.shape[0], kernel.shape[:-2]
     padded = _padded(jnp.swapaxes(images, 0, -1), options)
-    gradient = (
-        jnp.moveaxis(kernel, -2, 0).reshape(padded.shape[0], *window, channels, -1).astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    )
+    gradient = jnp.moveaxis(kernel, -2, 0).reshape(padded.shape[0], *window, channels, -1)
+    gradient = gradient.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     offsets = _offsets(padded, window, options)
     sums = [
         (_strided(padded, starts, window, options["rhs_dilation"])[..., None] * gradient).sum(range(len(window) + 1))
@@ -406,11 +408,8 @@ _JOINS: dict[str, tuple[Callable, float]] = {"reduce_window_max": (jnp.maximum, 
 
 def _choose_top_k(equation: JaxprEqn) -> Callable | None:
     operand, count, axis = equation.invars[0].aval, equation.params["k"], equation.params["axis"]
-    if (
-        count * operand.shape[axis] > MOST_TOP_PASSES
-        or operand.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16)
-        or axis != len(operand.shape) - 1
-    ):
+    kinds = jnp.float32, jnp.float16, jnp.bfloat16
+    if count * operand.shape[axis] > MOST_TOP_PASSES or operand.dtype not in kinds or axis != len(operand.shape) - 1:
         return None
 
     def form(values):
@@ -448,7 +447,7 @@ def _choose_random_bits(equation: JaxprEqn) -> Callable | None:
     def form(key):
         places, words = lax.iota(jnp.uint32, half), jax.random.key_data(key)
         # A loop, because its result is kept: without, the backward pass computes the bits again.
-        halves = lax.map(lambda start: functools.reduce(operator.xor, _threefry(words, start + places)), np.uint32([0, half]))
+        halves = lax.map(lambda start: functools.reduce(operator.xor, _threefry(words, start + places)), np.array([0, half], np.uint32))
         return halves.reshape(-1)[:size].reshape(shape)
 
     return form
@@ -470,140 +469,12 @@ def _threefry(key: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, second
 
 
-# Gradients summed up in a loop --------------------------------------------------------------------------------------------------------
-
-
-def _choose_scan(equation: JaxprEqn) -> Callable | None:
-    """A scan that adds up products or sums, as the backward loop of a recurrent layer does: one product over all steps is faster."""
-    loop = _Loop(equation)
-    sums = loop.sums()
-    return (lambda *operands: loop.run(sums, operands)) if sums else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sum:
-    """carry += linear(root(sources)) at each step.
-
-    Attributes:
-        carry: the number of the carried variable.
-        sources: what a step adds comes from these variables of the body.
-        root: a product of two sources, or a sum over dims of one.
-        linear: operations after it that commute with a sum, in order.
-    """
-
-    carry: int
-    sources: list[Var]
-    root: JaxprEqn
-    linear: list[JaxprEqn]
-
-    def total(self, stacked: list[jax.Array]) -> jax.Array:
-        """The sum over all steps; stacked: one (steps, ...) array for each source."""
-        if self.root.primitive.name == "dot_general":
-            value = _summed_product(*stacked, self.root.params)
-        else:
-            value = stacked[0].sum((0, *(axis + 1 for axis in self.root.params["axes"])))
-        for equation in self.linear:
-            value = equation.primitive.bind(value, **equation.params)
-        return value
-
-
-class _Loop:
-    """A scan equation taken apart."""
-
-    def __init__(self, equation: JaxprEqn):
-        self.scan = equation
-        self.body = equation.params["jaxpr"].jaxpr
-        self.consts, self.carries = equation.params["num_consts"], equation.params["num_carry"]
-        self.producers = {var: equation for equation in self.body.eqns for var in equation.outvars}
-        read = [*itertools.chain.from_iterable(equation.invars for equation in self.body.eqns), *self.body.outvars]
-        self.uses = Counter(var for var in read if isinstance(var, Var))
-        self.sliced = self.body.invars[self.consts + self.carries :]
-
-    def sums(self) -> list[_Sum]:
-        """The carried sums that are worth taking out: what must be kept for them is not much larger than they are."""
-        found = [total for carry in range(self.carries) if (total := self._sum(carry)) is not None]
-        kept = sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in self._kept(found))
-        carried = sum(var.aval.dtype.itemsize * math.prod(var.aval.shape) for var in (self._carried(total.carry) for total in found))
-        affordable = kept <= 4 * carried and kept * self.scan.params["length"] <= MOST_STACKED_BYTES
-        return found if affordable and not self.body.effects else []
-
-    def run(self, sums: list[_Sum], operands: Sequence[jax.Array]) -> list[jax.Array]:
-        """The scan without the sums, then the sums."""
-        out, kept = {total.carry for total in sums}, self._kept(sums)
-        stay = [carry for carry in range(self.carries) if carry not in out]
-        outputs = [*(self.body.outvars[carry] for carry in stay), *self.body.outvars[self.carries :], *kept]
-        inputs = [var for number, var in enumerate(self.body.invars) if number - self.consts not in out]
-        body = self.body.replace(invars=inputs, outvars=outputs, eqns=_needed(self.body.eqns, outputs))
-        params = {**self.scan.params, "jaxpr": ClosedJaxpr(body, self.scan.params["jaxpr"].consts), "num_carry": len(stay)}
-        results = self.scan.primitive.bind(*(value for number, value in enumerate(operands) if number - self.consts not in out), **params)
-        stacked = dict(zip(self.sliced, operands[self.consts + self.carries :])) | dict(zip(kept, results[len(results) - len(kept) :]))
-        finals = dict(zip(stay, results))
-        for total in sums:
-            finals[total.carry] = operands[self.consts + total.carry] + total.total([stacked[var] for var in total.sources])
-        return [finals[carry] for carry in range(self.carries)] + results[len(stay) : len(results) - len(kept)]
-
-    def _sum(self, carry: int) -> _Sum | None:
-        before, after = self._carried(carry), self.body.outvars[carry]
-        addition = self.producers.get(after) if isinstance(after, Var) and self.uses[after] == self.uses[before] == 1 else None
-        if addition is None or addition.primitive.name not in ("add", "add_any") or before not in addition.invars:
-            return None
-        (added,) = (var for var in addition.invars if var is not before)
-        chain = list(self._linear_chain(added))
-        while chain and chain[-1].primitive.name not in ("dot_general", "reduce_sum"):
-            chain.pop()
-        sources = list(chain[-1].invars) if chain else []
-        inexact = all(isinstance(var, Var) and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in sources)
-        if not sources or not inexact or any(var in self.body.invars and var not in self.sliced for var in sources):
-            return None
-        return _Sum(carry=carry, sources=sources, root=chain[-1], linear=chain[-2::-1])
-
-    def _linear_chain(self, var: Any) -> Iterator[JaxprEqn]:
-        """From `var` back to a product of matrices, through operations that commute with a sum."""
-        while isinstance(var, Var) and (equation := self.producers.get(var)) is not None:
-            if equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][1] == ((), ()):
-                yield equation
-            if equation.primitive.name not in ("reduce_sum", "reshape", "transpose") or len(equation.invars) != 1:
-                return
-            yield equation
-            var = equation.invars[0]
-
-    def _kept(self, sums: list[_Sum]) -> list[Var]:
-        return list(dict.fromkeys(var for total in sums for var in total.sources if var not in self.sliced))
-
-    def _carried(self, carry: int) -> Var:
-        return self.body.invars[self.consts + carry]
-
-
-def _summed_product(left: jax.Array, right: jax.Array, params: dict) -> jax.Array:
-    """A product of two (steps, ...) stacks, summed over the steps too."""
-    sums = params["dimension_numbers"][0]
-    operands = []
-    for stack, axes in zip((left, right), sums):
-        operands.append(jnp.moveaxis(stack, [axis + 1 for axis in axes], range(1, len(axes) + 1)))
-    options = {name: params[name] for name in ("precision", "preferred_element_type")}
-    leading = len(sums[0]) + 1
-    matrices = [stack.reshape(math.prod(stack.shape[:leading]), -1) for stack in operands]
-    shape = operands[0].shape[leading:] + operands[1].shape[leading:]
-    return _kernel_gradient(*matrices, **options).reshape(shape)
-
-
-def _needed(equations: Sequence[JaxprEqn], outputs: Sequence[Any]) -> list[JaxprEqn]:
-    """The equations that the outputs come from."""
-    wanted, kept = {var for var in outputs if isinstance(var, Var)}, []
-    for equation in reversed(equations):
-        if equation.effects or wanted.intersection(equation.outvars):
-            wanted.update(var for var in equation.invars if isinstance(var, Var))
-            kept.append(equation)
-    return kept[::-1]
-
-
 _CHOOSERS: dict[str, Callable[[JaxprEqn], Callable | None]] = {
     "conv_general_dilated": _choose_convolution,
     "dot_general": _choose_dot,
     "random_bits": _choose_random_bits,
     "reduce_window_max": _choose_pool,
     "reduce_window_sum": _choose_pool,
-    "scan": _choose_scan,
     "select_and_scatter_add": _choose_pool_gradient,
     "top_k": _choose_top_k,
 }

@@ -1,0 +1,1 @@
+"""Benchmarks of parafit beside what people use today. Read README.md, then `run.py`."""

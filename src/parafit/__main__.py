@@ -1,0 +1,5 @@
+"""`python -m parafit`: the command line."""
+
+from parafit.cli import main
+
+main()

@@ -1,0 +1,72 @@
+"""The command line: verbs, a file and an output path; anything finer is Python."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from parafit.errors import ParafitError
+
+_FAILED, _INTERRUPTED = 2, 130
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 2 for input that cannot be used, 130 after Ctrl-C."""
+    try:
+        sys.exit(commands.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ParafitError as error:
+        click.echo(f"parafit: {error}", err=True)
+        sys.exit(_FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("parafit: interrupted; nothing was written.", err=True)
+        sys.exit(_INTERRUPTED)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="parafit")
+def commands() -> None:
+    """Fit neural networks to tables, in parallel, and use them."""
+
+
+@commands.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="COL", help="The column to predict.")
+@click.option("--task", type=click.Choice(["classification", "regression"]), help="Settle what the target is. Default: inferred.")
+@click.option("--model", type=click.Path(path_type=Path), help="A .keras file, or a .py file with build_model(input_shape, output_size).")
+@click.option("--epochs", type=click.IntRange(min=1), help="The most epochs. Default: chosen for the table's size.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows of one step. Default: chosen for the table's size.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True, help="Another seed, another split and network."
+)
+@click.option("--plan", default="auto", show_default=True, help="What to run on: auto, single, data=8, or a plan's JSON file.")
+@click.option("--out", type=click.Path(path_type=Path), help="The folder to write. Default: the table's name with -model.")
+def train(table: Path, out: Path | None, **options) -> int:
+    """Fit a network that predicts a column of TABLE from the others.
+
+    TABLE is a CSV, TSV (also .gz), Parquet or Arrow/Feather file. Leaves a folder with the model, its preprocessing, the plan,
+    the history, the scores, and report.html. Ctrl-C keeps what was learnt so far.
+    """
+    from parafit import tables
+
+    result = tables.train(table, out=out or Path(f"{table.name.split('.')[0]}-model"), **options)
+    return _INTERRUPTED if result.stopped else 0
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write: .csv, .tsv, .parquet, .arrow or .feather."
+)
+def predict(folder: Path, table: Path, out: Path) -> int:
+    """Predict the rows of TABLE with what `parafit train` left in FOLDER; one line for each row, in their order."""
+    from parafit import tables
+
+    notes = tables.predict_file(folder, table, out)
+    for words in notes.words():
+        click.echo(f"note     {words}")
+    click.echo(f"written  {out}: {notes.rows:,} rows")
+    return 0

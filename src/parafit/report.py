@@ -1,0 +1,188 @@
+"""One self-contained HTML page: headings, tables and plots, readable on light and dark screens, nothing loaded from elsewhere."""
+
+import html
+import io
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BLUE, ORANGE = "#3f83d6", "#e0822f"
+
+_INK = "#010203"  # stands for the page's text colour until the plot is part of the page
+_FIGURE_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "svg.hashsalt": "parafit",
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK),
+}
+_PAGE_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2126; --paper: #ffffff; --faint: #69727d; --line: #d9dee4; --band: #f4f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --paper: #15191e; --faint: #98a2ae; --line: #323a44; --band: #1d232a; } }
+body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
+.lead { color: var(--faint); margin-top: .2rem; } .figures { display: flex; flex-wrap: wrap; gap: 1rem; } .wide { overflow-x: auto; }
+svg { max-width: 100%; height: auto; color: var(--ink); }
+table { border-collapse: collapse; margin: .4rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { color: var(--faint); font-weight: 600; } td.number, th.number { text-align: right; }
+pre { background: var(--band); padding: .7rem; overflow-x: auto; }
+.warning { border-left: 4px solid #e0822f; padding: .3rem .8rem; background: var(--band); }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a page: pieces of HTML, as `table`, `text`, `code`, `warning` and the plots make them, under a heading."""
+
+    heading: str
+    pieces: Sequence[str]
+
+
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """The whole page as HTML text.
+
+    >>> "<h2>Scores</h2>" in page("digits", "a run", [Section(heading="Scores", pieces=[text("good")])])
+    True
+    """
+    parts = [f"<section><h2>{html.escape(section.heading)}</h2>\n{_arrange(section.pieces)}</section>" for section in sections]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_PAGE_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>"
+        f'<p class="lead">{html.escape(lead)}</p>\n' + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def text(words: str) -> str:
+    """A paragraph."""
+    return f"<p>{html.escape(words)}</p>"
+
+
+def warning(words: str) -> str:
+    """A paragraph that stands out."""
+    return f'<p class="warning">{html.escape(words)}</p>'
+
+
+def code(words: str) -> str:
+    """Text as it is, in a fixed-width font."""
+    return f"<pre>{html.escape(words)}</pre>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table; columns that hold numbers stand on the right.
+
+    >>> table(["name", "rows"], [["a<b", 3]]).count("&lt;")
+    1
+    """
+    numeric = [all(isinstance(row[place], int | float) or row[place] is None for row in rows) for place in range(len(header))]
+    cells = [_cells("th", header, numeric), *(_cells("td", row, numeric) for row in rows)]
+    return '<div class="wide"><table>' + "\n".join(f"<tr>{line}</tr>" for line in cells) + "</table></div>"
+
+
+def number(value: float | int | None) -> str:
+    """A number as people read it: four significant digits, whole numbers in groups of three.
+
+    >>> number(0.123456), number(1234567), number(None)
+    ('0.1235', '1,234,567', '–')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def line_plot(title: str, curves: Mapping[str, Sequence[float]], x_label: str, marked: int | None = None) -> str:
+    """Curves over 1, 2, 3, …, as inline SVG; `marked` draws a vertical line there."""
+
+    def draw(axes):
+        for (name, values), colour in zip(curves.items(), (BLUE, ORANGE)):
+            axes.plot(range(1, len(values) + 1), values, color=colour, label=name, linewidth=1.6)
+        if marked is not None:
+            axes.axvline(marked, color=_INK, linewidth=0.8, linestyle=":", label=f"kept: {marked}")
+        axes.set(title=title, xlabel=x_label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+
+    return _figure(draw, (4.6, 3.2))
+
+
+def confusion_plot(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """How often each true class (row) was taken for each class (column), as inline SVG; shades are shares of the row."""
+    shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+    few = len(labels) <= 20
+
+    def draw(axes):
+        shades = np.zeros((*shares.shape, 4))
+        shades[..., :3] = [int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        shades[..., 3] = np.sqrt(shares)  # a rare mistake stays visible
+        axes.imshow(shades, interpolation="none")
+        axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+        axes.spines[:].set_visible(False)
+        if not few:
+            return
+        axes.set_xticks(range(len(labels)), [shorten(label) for label in labels], rotation=45 if max(map(len, labels)) > 3 else 0)
+        axes.set_yticks(range(len(labels)), [shorten(label) for label in labels])
+        for (row, column), share in np.ndenumerate(shares):
+            if counts[row][column]:
+                axes.text(column, row, number(counts[row][column]), ha="center", va="center", color="#ffffff" if share > 0.3 else _INK)
+
+    side = min(7.0, 2.6 + 0.32 * len(labels))
+    return _figure(draw, (side, side))
+
+
+def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str) -> str:
+    """Predicted against true values, with the line on which they are equal, as inline SVG (at most 2,000 points)."""
+    step = max(1, len(truth) // 2000)
+    truth, predicted = truth[::step], predicted[::step]
+
+    def draw(axes):
+        ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
+        axes.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
+        axes.scatter(truth, predicted, s=12, color=BLUE, alpha=0.6, linewidths=0)
+        axes.set(title="Predicted against true", xlabel=f"true {name}", ylabel=f"predicted {name}")
+
+    return _figure(draw, (4.6, 4.2))
+
+
+def shorten(words: str, most: int = 16) -> str:
+    """`words` cut to at most so many characters."""
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def _arrange(pieces: Sequence[str]) -> str:
+    figures = [piece for piece in pieces if piece.startswith("<svg")]
+    others = "\n".join(piece for piece in pieces if not piece.startswith("<svg"))
+    return (f'<div class="figures">{"".join(figures)}</div>' if figures else "") + others
+
+
+def _cells(tag: str, values: Sequence, numeric: Sequence[bool]) -> str:
+    written = [number(value) if is_number and tag == "td" else html.escape(str(value)) for value, is_number in zip(values, numeric)]
+    kinds = [' class="number"' if is_number else "" for is_number in numeric]
+    return "".join(f"<{tag}{kind}>{value}</{tag}>" for kind, value in zip(kinds, written))
+
+
+def _figure(draw, size_inches: tuple[float, float]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_FIGURE_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=size_inches, layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _inline(buffer.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """The <svg> element alone, in the page's text colour, with ids no other plot of the page has."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL).replace(_INK, "currentColor")
+    own = f"f{zlib.crc32(svg.encode()):08x}-"
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{own}", svg)

@@ -1,0 +1,136 @@
+"""The folder that training leaves and prediction reads. It is there as a whole or not at all."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parafit.errors import DataError, OutputError
+from parafit.plan import Plan
+from parafit.tables.network import load_keras_file
+from parafit.tables.prepare import Preparation
+
+FILES = ("model.keras", "preprocessing.json", "plan.json", "history.json", "scores.json", "report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableModel:
+    """A network fitted to a table, and all that is needed to use it on another.
+
+    Args:
+        model: the Keras model.
+        preparation: how a table becomes its inputs, and its outputs predictions.
+        plan: what training ran on.
+        history: loss and metrics of each epoch, as Keras names them.
+        scores: of the rows "train", "validation" and "test".
+        stopped: why training ended before its time; None if it did not.
+    """
+
+    model: Any
+    preparation: Preparation
+    plan: Plan
+    history: Mapping[str, list[float]] = field(hash=False)
+    scores: Mapping[str, Any] = field(hash=False)
+    stopped: str | None = None
+
+
+def check_folder(folder: "str | Path") -> None:
+    """Find out, before any work, whether `write_folder` will be able to write here.
+
+    Raises:
+        OutputError: something else is in the way, or the place cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        _check_replaceable(folder)
+    with _beside(folder):
+        pass
+
+
+def write_folder(folder: "str | Path", result: TableModel, report_html: str) -> None:
+    """Write the files of `FILES` into a temporary folder beside `folder`, then give it that name; replaces an earlier one.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    folder = Path(folder)
+    with _beside(folder) as temporary:
+        result.model.save(temporary / "model.keras")
+        texts = {
+            "preprocessing.json": result.preparation.to_json(),
+            "plan.json": result.plan.to_json(),
+            "history.json": json.dumps({"stopped": result.stopped, "epochs": result.history}, indent=2),
+            "scores.json": json.dumps(result.scores, indent=2, ensure_ascii=False),
+            "report.html": report_html,
+        }
+        for name, content in texts.items():
+            (temporary / name).write_text(content, encoding="utf-8")
+        _swap(temporary, folder)
+
+
+def read_folder(folder: "str | Path") -> TableModel:
+    """What `write_folder` wrote.
+
+    Raises:
+        DataError: not such a folder.
+    """
+    folder = Path(folder)
+    absent = [name for name in FILES[:-1] if not (folder / name).is_file()]
+    if absent:
+        what = "there is no folder" if not folder.is_dir() else f"there is no {absent[0]} in"
+        raise DataError(f"{what} {str(folder)!r}: expected a folder that `parafit train` wrote.")
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    return TableModel(
+        model=load_keras_file(folder / "model.keras"),
+        preparation=Preparation.from_json((folder / "preprocessing.json").read_text(encoding="utf-8")),
+        plan=Plan.load(folder / "plan.json"),
+        history=history["epochs"],
+        scores=json.loads((folder / "scores.json").read_text(encoding="utf-8")),
+        stopped=history["stopped"],
+    )
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} is a file: expected the name of a folder to write to.")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+    if foreign:
+        raise OutputError(
+            f"folder {str(folder)!r} holds {foreign[0]!r}, which parafit did not write; it would be lost. "
+            "Choose another folder, or move it away."
+        )
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder next to `folder`, gone at the end unless it was renamed."""
+    try:
+        temporary = folder.absolute().with_name(f".{folder.name}-{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(folder)!r}: {error.strerror} ({error.filename}). Choose another folder.") from error
+    try:
+        yield temporary
+    except OSError as error:
+        raise OutputError(f"cannot write {str(folder)!r}: {error}. Nothing was replaced.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    _check_replaceable(folder)
+    with _beside(folder) as graveyard:
+        os.rename(folder, graveyard / "old")
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            os.rename(graveyard / "old", folder)
+            raise

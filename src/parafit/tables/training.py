@@ -1,0 +1,203 @@
+"""`train`: from a table to a fitted network with its scores."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parafit import api
+from parafit.errors import DataError, NonFiniteLossError
+from parafit.plan import Plan
+from parafit.tables import network, show, summary
+from parafit.tables.folder import TableModel, check_folder, write_folder
+from parafit.tables.network import Settings, choose_settings
+from parafit.tables.prepare import Preparation, check_columns, fit_preparation
+from parafit.tables.read import read_table
+from parafit.tables.scores import score
+from parafit.tables.target import fit_target, infer_task
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_LEAST_ROWS = 20
+_TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.15
+_PREDICT_BATCH_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which rows (indices) the network learns from, which decide when to stop, and which it never sees."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def train(
+    table,
+    *,
+    target: str,
+    task: str | None = None,
+    model: "str | Path | None" = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    plan: Plan | str = "auto",
+    out: "str | Path | None" = None,
+    verbose: bool = True,
+) -> TableModel:
+    """Fit a network that predicts one column of a table from the others, and score it on rows it has not seen.
+
+    A fifth of the rows is kept for the test; 15 % of the others decide when to stop. Ctrl-C ends training, not the work:
+    the best weights so far are scored, written and returned, and `stopped` says so.
+
+    Args:
+        table: a path to a CSV, TSV (also .gz), Parquet or Arrow file, or a pandas, polars or Arrow frame.
+        target: the column to predict.
+        task: "classification" or "regression"; inferred from the target if not given.
+        model: the network: a `.keras` file, or a `.py` file with `build_model(input_shape, output_size)`; see
+            `parafit.tables.network.load_network`. A default for the data's size if not given.
+        epochs: the most there will be.
+        batch_size: rows of one step over all devices together.
+        seed: of the split, the initial weights, dropout and shuffling; sets Python's, NumPy's and Keras' global seeds.
+        plan: "auto", a `Plan`, a text such as "data=8", or the path of a plan's JSON file.
+        out: a folder for the model, preprocessing, plan, history, scores and an HTML report; nothing is written if None.
+        verbose: print what was read, the network, progress and scores.
+
+    Raises:
+        DataError: the table or its target cannot be used; the message says which column and row.
+        ModelError: `model` cannot be used for this table.
+        OutputError: `out` cannot be written; found before training.
+        PlanError: the plan cannot run here.
+        NonFiniteLossError: the loss became NaN or infinite; the last good weights are in `out`.
+
+    >>> import polars as pl
+    >>> table = pl.DataFrame({"size": [n**2 for n in range(100)], "price": [3.5 * n for n in range(100)]})
+    >>> result = train(table, target="price", epochs=1, verbose=False)
+    >>> result.preparation.target.task, result.preparation.inputs
+    ('regression', ['size'])
+    """
+    import keras
+
+    if out is not None:
+        check_folder(out)
+    if model is not None:
+        network.check_model_file(model)
+    chosen_plan = Plan.read(plan)
+    screen = show.Screen(verbose)
+    frame = _read_training_table(table, target)
+    goal, split, preparation = _prepare(frame, target, task, seed)
+    prepared = preparation.transform(frame)
+    inputs = prepared.values
+    settings = choose_settings(len(split.train), goal.task, epochs=epochs, batch_size=batch_size)
+    screen.table_read(_name(table), frame, preparation)
+    keras.utils.set_random_seed(seed)
+    net = _network(model, inputs.shape[1], preparation, settings, len(split.train))
+    screen.network(net, settings, chosen_plan, split)
+    codes = goal.encode(frame.get_column(target))
+    run = _fit(net, inputs, network.encode_labels(net, goal, codes), split, settings, chosen_plan, screen)
+    outputs = api.predict(net, inputs, batch_size=_PREDICT_BATCH_SIZE, verbose=0, plan=chosen_plan)
+    predictions = network.to_predictions(net, goal, outputs)
+    scores = {part: score(goal, codes[rows], predictions[rows]) for part, rows in vars(split).items()}
+    result = TableModel(model=net, preparation=preparation, plan=chosen_plan, history=run.history, scores=scores, stopped=run.stopped)
+    screen.scores(result, run.seconds)
+    if out is not None:
+        report = summary.page_for(result, _name(table), prepared, settings, codes[split.test], predictions[split.test])
+        write_folder(out, result, report)
+        screen.written(out)
+    if run.error:
+        raise run.error
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    history: Mapping[str, list[float]]
+    seconds: float
+    stopped: str | None
+    error: NonFiniteLossError | None
+
+
+def _name(table) -> str:
+    return Path(table).name if isinstance(table, str | Path) else type(table).__name__
+
+
+def _read_training_table(table, target: str) -> "pl.DataFrame":
+    frame = read_table(table)
+    check_columns(frame, [target])
+    if frame.height < _LEAST_ROWS:
+        raise DataError(f"{_name(table)} has {frame.height} rows: expected at least {_LEAST_ROWS} to train, validate and test on.")
+    return frame
+
+
+def _prepare(frame: "pl.DataFrame", target: str, task: str | None, seed: int):
+    series = frame.get_column(target)
+    task, reason = infer_task(series, task)
+    split = split_rows(series.rank("dense").to_numpy() if task == "classification" else np.zeros(len(series)), seed)
+    goal = fit_target(series, task, reason, split.train)
+    return goal, split, fit_preparation(frame, goal, split.train)
+
+
+def split_rows(classes: np.ndarray, seed: int) -> Split:
+    """Rows for training, validation and test, each class shared out in the same proportion.
+
+    Args:
+        classes: the class of each row, of shape (rows,).
+        seed: another seed, another split.
+
+    Raises:
+        DataError: every class is too small to be shared out.
+    """
+    random = np.random.default_rng(seed)
+    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    for one in np.unique(classes):
+        rows = random.permutation(np.flatnonzero(classes == one))
+        tests = round(len(rows) * _TEST_SHARE)
+        validations = round((len(rows) - tests) * _VALIDATION_SHARE)
+        for part, share in zip(("test", "validation", "train"), np.split(rows, [tests, tests + validations])):
+            parts[part].append(share)
+    split = {part: np.sort(np.concatenate(shares)) for part, shares in parts.items()}
+    if any(not len(rows) for rows in split.values()):
+        raise DataError(
+            f"{len(classes)} rows in {len(np.unique(classes))} classes are too few to test on: expected at least 5 rows of some class."
+        )
+    return Split(**split)
+
+
+def _network(model, input_size: int, preparation: Preparation, settings: Settings, rows: int):
+    if model is None:
+        return network.default_network(input_size, preparation.target, settings, rows)
+    return network.load_network(model, input_size, preparation.target, settings, rows)
+
+
+def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Settings, plan: Plan, screen: "show.Screen") -> _Run:
+    import keras
+
+    record = keras.callbacks.History()  # first, so that an epoch that is shown has been recorded
+    best = keras.callbacks.EarlyStopping("val_loss", mode="min", patience=settings.patience, restore_best_weights=True)
+    stopped = error = None
+    started = time.perf_counter()
+    try:
+        with screen.progress(settings.epochs) as progress:
+            api.fit(
+                net,
+                inputs[split.train],
+                labels[split.train],
+                validation_data=(inputs[split.validation], labels[split.validation]),
+                batch_size=settings.batch_size,
+                epochs=settings.epochs,
+                callbacks=keras.callbacks.CallbackList([record, best, *progress], model=net, epochs=settings.epochs),
+                verbose=int(screen.verbose),  # prints the price; a CallbackList has no progress bar but ours
+                plan=plan,
+            )
+    except KeyboardInterrupt:
+        stopped = "interrupted by Ctrl-C"
+    except NonFiniteLossError as caught:
+        stopped, error = str(caught), caught
+    if stopped and best.best_weights is not None:
+        net.set_weights(best.best_weights)
+    history = {name: [float(value) for value in values] for name, values in record.history.items()}
+    return _Run(history=history, seconds=time.perf_counter() - started, stopped=stopped, error=error)
