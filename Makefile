@@ -10,7 +10,7 @@ demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
 
 test: $(VENV)/.test  ## the whole test suite and the doctests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN) -m ruff format --check .
@@ -19,7 +19,6 @@ check: $(VENV)/.dev  ## format, lint and types
 
 bench: $(VENV)/.bench  ## a short benchmark against Keras, TensorFlow, PyTorch and scikit-learn
 	$(RUN) -m benchmarks.run --quick --out out/bench.json
-	$(RUN) -m benchmarks.table out/bench.json
 
 docs: $(VENV)/.parafit  ## the API reference as text, out/api.txt
 	mkdir -p out

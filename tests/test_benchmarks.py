@@ -13,7 +13,6 @@ import pytest
 import parafit  # noqa: F401  (chooses Keras' JAX backend)
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import estimators, run, table, targets, workloads  # noqa: E402
 from benchmarks.contenders import CONTENDERS, jax_scan, keras_fit, plain_mlp, scikit  # noqa: E402

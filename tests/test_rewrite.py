@@ -184,8 +184,10 @@ def test_pooling_and_its_gradients(space, window, strides, padding, dtype):
     dims = (1, *[window] * space, 1), (1, *[strides] * space, 1), padding
     most = gradients(lambda images: lax.reduce_window(images, -jnp.inf, lax.max, *dims), images)
     total = gradients(lambda images: lax.reduce_window(images, 0.0, lax.add, *dims), images)
-    assert close(most, images) == {"fast_reduce_window_max", "fast_select_and_scatter_add"}
-    assert close(total, images) == (set() if window**space <= 4 and strides == 1 else {"fast_reduce_window_sum"})
+    side_by_side = window == strides
+    assert close(most, images) == {"fast_select_and_scatter_add"} | (set() if side_by_side else {"fast_reduce_window_max"})
+    spared = window**space <= 4 and (side_by_side or strides == 1)  # the gradient of pools side by side sums over windows that overlap
+    assert close(total, images) == (set() if spared else {"fast_reduce_window_sum"})
 
 
 def test_the_maximum_s_gradient_is_identical_where_pools_hold_nans_infinities_and_ties():
@@ -405,7 +407,7 @@ def transformer(keras):
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (cnn, {"conv_general_dilated", "dot_general", "random_bits", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add"}),
+        (cnn, {"conv_general_dilated", "dot_general", "random_bits", "reduce_window_sum", "select_and_scatter_add"}),
         (lstm, {"dot_general"}),
         (transformer, {"dot_general", "random_bits"}),
     ],
@@ -415,7 +417,7 @@ def test_one_step_of_a_keras_network(build, expected):
     closed, shapes = jax.make_jaxpr(step, return_shape=True)(state, batch)
     rewritten = rewrite_jaxpr(closed)
     assert calls(rewritten.jaxpr) >= {f"fast_{name}" for name in expected}
-    assert not names(rewritten.jaxpr) & {"select_and_scatter_add", "reduce_window_max", "random_bits", "top_k"}
+    assert not names(rewritten.jaxpr) & {"select_and_scatter_add", "random_bits", "top_k"}
     leaves = jax.tree.leaves((state, batch))
     want, have = (
         jax.tree.unflatten(jax.tree.structure(shapes), jax.jit(jax.extend.core.jaxpr_as_fun(it))(*leaves)) for it in (closed, rewritten)

@@ -38,8 +38,8 @@ class Tally:
 class Chunk:
     """A compiled program of up to `capacity` steps: `(fixed, state, tally, steps, arrays) -> (state, tally, outputs)`.
 
-    The state passed in is donated. At a step whose loss is not finite the program stops and leaves the state as it was
-    before that step; called again with that tally, it does nothing. `outputs` are predictions of shape (capacity, batch,
+    The state passed in is donated. After a step whose loss is not finite the program stops; called again with that tally,
+    it does nothing but, if it holds one step alone, that step. `outputs` are predictions of shape (capacity, batch,
     ...), None when training or testing.
     """
 
@@ -119,12 +119,8 @@ def _run_many(run_step: Callable, capacity: int, *, guarded: bool) -> Callable:
 
     def advance(fixed, state, tally, batch):
         logs, new = run_step(fixed, state, batch)
-        if not guarded:
-            return new, Tally(tally.done + 1, tally.healthy, logs)
-        healthy = tally.healthy & jnp.isfinite(logs["loss"])
-        # Chosen value by value in the loop that writes the new state: no further pass over memory.
-        new = jax.tree.map(lambda old, array: jnp.where(healthy, array, old), state, new)
-        return new, Tally(tally.done + healthy, healthy, _choose(tally.healthy, logs, tally.logs))
+        healthy = tally.healthy & jnp.isfinite(logs["loss"]) if guarded else tally.healthy
+        return new, Tally(tally.done + healthy, healthy, logs)
 
     def once(fixed, state, tally, steps, arrays):
         return *advance(fixed, state, tally, _batch(arrays, 0)), None
@@ -171,10 +167,6 @@ def _batch(arrays, index):
         rows = jax.lax.dynamic_index_in_dim(arrays.rows, index, keepdims=False)
         return jax.tree.map(lambda array: jnp.take(array, rows, axis=0, mode="clip"), arrays.table)
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), arrays)
-
-
-def _choose(first: jax.Array, these, others):
-    return jax.tree.map(lambda this, other: jnp.where(first, this, other), these, others)
 
 
 def _shardings(placement: Placement, arrays, outputs, capacity: int) -> dict:

@@ -112,22 +112,25 @@ class Progress:
 
     def rest(self) -> Tally:
         """Wait for what was dispatched and let the model hold the state."""
-        jax.block_until_ready(self._tally)
+        self._tally.done.block_until_ready()  # one array stands for all that the program gives
         self._step.write(self._state)
         self._written = self._state
         return self._tally
 
-    def recover(self) -> str:
-        """Bring good weights back after a loss that was not finite; gives in words which ones."""
-        self._state, words = self._safeguard.mend(self._state)
-        return words
+    def recover(self) -> float:
+        """Bring the last good state back; gives how many seconds old it is."""
+        self._written, seconds = self._safeguard.mend(self._state)
+        self._state = self._written
+        self._step.write(self._state)
+        return seconds
 
     def leave(self) -> None:
         """Let the model hold the state on its first device, as it was before the run."""
         if self._state is not self._written:  # cut off within a group
             if self._safeguard and any(array.is_deleted() for array in jax.tree.leaves(self._state)):
                 self.recover()
-            self._step.write(self._state)
+            else:
+                self._step.write(self._state)
         self._step.write(jax.tree.map(self._placement.bring_home, self._step.read()))
 
     def _find(self, arrays) -> Chunk:

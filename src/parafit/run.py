@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from parafit.adapt import KerasModel
-from parafit.chunk import Tally
 from parafit.data import Epoch, Feed
 from parafit.errors import NonFiniteLossError
 from parafit.mesh import Placement
@@ -76,7 +75,7 @@ def evaluate(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: 
     model.reset_metrics()
     logs = {}
     for group in _groups(feed.epoch(), progress, pace, callbacks.on_test_batch_begin):
-        logs = group.tally.logs
+        logs = group.logs
         callbacks.on_test_batch_end(group.last, logs)
         if model.stop_evaluating:
             break
@@ -105,11 +104,12 @@ def predict(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: P
 
 @dataclass(frozen=True)
 class Group:
-    """Steps that ran between two callbacks: number of the first and last step, the tally after them, and predictions."""
+    """Steps that ran between two callbacks: their first and last number, whether all went well, the last logs, and predictions."""
 
     first: int
     last: int
-    tally: Tally
+    healthy: bool
+    logs: Any
     outputs: list
 
 
@@ -117,10 +117,12 @@ def _train_epoch(epoch: int, feed: Feed, progress: Progress, callbacks, pace: Pa
     model = progress.adapter.model
     logs = {}
     for group in _groups(feed.epoch(), progress, pace, callbacks.on_train_batch_begin):
-        logs = group.tally.logs
+        logs = group.logs
         callbacks.on_train_batch_end(group.last, logs)
-        if not group.tally.healthy and not model.stop_training:
-            raise _bad_loss(epoch, group.last, float(logs["loss"]), feed, progress)
+        if not group.healthy:
+            seconds = progress.recover()
+            if not model.stop_training:
+                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed)
         if model.stop_training:
             break
     return logs
@@ -140,8 +142,9 @@ def _groups(epoch: Epoch, progress: Progress, pace: Pace, on_begin: Callable[[in
             block = epoch.take(planned - steps) if steps < planned else None
         tally = progress.rest()
         pace.record(steps, time.perf_counter() - started - (progress.seconds_compiling - compiling))
-        last = first + (steps - 1 if tally.healthy else int(tally.done))
-        yield Group(first, last, tally, [_rows(*part) for part in outputs])
+        healthy = bool(tally.healthy)
+        last = first + (steps - 1 if healthy else int(tally.done))
+        yield Group(first, last, healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])
         first += steps
         block = epoch.take(pace.next_steps())
 
@@ -151,16 +154,13 @@ def _rows(steps: int, outputs: Any) -> Any:
     return jax.tree.map(lambda array: np.asarray(array)[:steps].reshape((-1, *array.shape[2:])), outputs)
 
 
-def _bad_loss(epoch: int, step: int, loss: float, feed: Feed, progress: Progress) -> NonFiniteLossError:
-    """Bring the last good weights back and say what happened."""
-    kept = progress.recover()
-    causes = (
-        feed.find_non_finite()
-        or "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
+def _bad_loss(epoch: int, step: int, loss: float, seconds: float, feed: Feed) -> NonFiniteLossError:
+    causes = feed.find_non_finite() or (
+        "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
     )
     return NonFiniteLossError(
-        f"the loss became {loss} in epoch {epoch + 1} at step {step + 1}. Training stopped; the model holds {kept}. {causes} "
-        "To end training without an error, pass keras.callbacks.TerminateOnNaN().",
+        f"the loss became {loss} in epoch {epoch + 1} at step {step + 1}. Training stopped; the model holds its last good weights, from "
+        f"{seconds:.1f} s before. {causes} To end training without an error, pass keras.callbacks.TerminateOnNaN().",
         epoch=epoch,
         step=step,
         value=loss,
