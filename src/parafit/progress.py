@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from parafit.adapt import KerasModel, State, Step
 from parafit.chunk import Chunk, Tally, find_chunk
@@ -112,10 +113,13 @@ class Progress:
 
     def rest(self) -> Tally:
         """Wait for what was dispatched and let the model hold the state."""
-        self._tally.done.block_until_ready()  # one array stands for all that the program gives
+        logs = self._tally.logs
+        guards = self._step.stops_on_bad_loss and "loss" in logs
+        # One array stands for all that the program gives; callbacks that read the loss find it on the host already.
+        value = np.asarray(logs["loss"] if guards else self._tally.done)
         self._step.write(self._state)
         self._written = self._state
-        return self._tally
+        return Tally(self._tally.done, not guards or bool(np.isfinite(value)), logs)
 
     def recover(self) -> float:
         """Bring the last good state back; gives how many seconds old it is."""

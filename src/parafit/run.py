@@ -142,9 +142,8 @@ def _groups(epoch: Epoch, progress: Progress, pace: Pace, on_begin: Callable[[in
             block = epoch.take(planned - steps) if steps < planned else None
         tally = progress.rest()
         pace.record(steps, time.perf_counter() - started - (progress.seconds_compiling - compiling))
-        healthy = bool(tally.healthy)
-        last = first + (steps - 1 if healthy else int(tally.done))
-        yield Group(first, last, healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])
+        last = first + (steps - 1 if tally.healthy else int(tally.done))
+        yield Group(first, last, tally.healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])
         first += steps
         block = epoch.take(pace.next_steps())
 
