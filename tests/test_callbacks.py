@@ -202,7 +202,8 @@ def test_backup_and_restore_goes_on_at_the_epoch_it_was_cut_off(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorflow", reason="Keras' TensorBoard callback needs TensorFlow")
+    for package in ("tensorflow", "tensorboard"):
+        pytest.importorskip(package, reason="Keras' TensorBoard callback needs TensorFlow and TensorBoard")
     model, x, y = mlp()
     parafit.fit(model, x, y, epochs=2, verbose=0, callbacks=[kc.TensorBoard(tmp_path)])
     assert list(tmp_path.rglob("events.out.tfevents.*"))

@@ -15,8 +15,9 @@ from parafit.price import Price
 from parafit.safeguard import Safeguard
 
 CONTROL_SECONDS = 0.2
+_TRIALS = 4
 _TRIAL_SECONDS = 0.05
-_LONG_SECONDS = 1.0
+_LONG_SECONDS = 0.5
 
 
 @dataclass
@@ -81,15 +82,15 @@ class Progress:
         chunk = self._find(arrays)
         block = self._placement.put_block(arrays)
         steps, seconds = 1, 0.0
-        for _ in range(2):  # the first run also brings memory in
+        for _ in range(_TRIALS):  # the first also brings memory in; later ones run more steps at once
             started = time.perf_counter()
             state, tally, _ = chunk([], state, chunk.fresh_tally(), steps, block)
             jax.block_until_ready((state, tally))
-            seconds = time.perf_counter() - started
+            seconds = (time.perf_counter() - started) / max(1, int(tally.done))
             if seconds > _LONG_SECONDS:
                 break
             steps = max(1, min(chunk.capacity, int(_TRIAL_SECONDS / seconds)))
-        return Price(seconds_per_step=seconds / max(1, int(tally.done)), peak_bytes=chunk.peak_bytes)
+        return Price(seconds_per_step=seconds, peak_bytes=chunk.peak_bytes)
 
     def enter(self) -> None:
         """Take the state from the model, which a callback may have changed, to the devices."""
