@@ -39,7 +39,7 @@ class Chunk:
     """A compiled program of up to `capacity` steps: `(fixed, state, tally, steps, arrays) -> (state, tally, outputs)`.
 
     The state passed in is donated. After a step whose loss is not finite the program stops; called again with that tally,
-    it does nothing but, if it holds one step alone, that step. `outputs` are predictions of shape (capacity, batch,
+    a loop does nothing more (a program of one step runs it). `outputs` are predictions of shape (capacity, batch,
     ...), None when training or testing.
     """
 
