@@ -20,6 +20,7 @@ LAYERS = [
     {"chunk", "data", "safeguard", "report"},
     {"adapt", "callbacks", "mesh", "rewrite", "price"},
     {"plan"},
+    {"program"},
     {"errors", "compat", "cluster"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -7,13 +7,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parafit.errors import PlanError
-from parafit.plan import Plan
+from parafit.plan import PRECISIONS, RECOMPUTE, Plan
 
 
-@given(st.integers(2, 10**6))
-def test_round_trips(size):
-    plan = Plan.parse(f"data={size}")
-    assert plan.device_count == size
+@given(
+    st.integers(2, 10**6),
+    st.integers(2, 64),
+    st.integers(0, 3),
+    st.integers(1, 64),
+    st.sampled_from(RECOMPUTE),
+    st.sampled_from(PRECISIONS),
+)
+def test_round_trips(data, tensor, zero, microbatches, recompute, precision):
+    plan = Plan.parse(f"data={data},tensor={tensor},zero={zero},microbatches={microbatches},recompute={recompute},precision={precision}")
+    assert plan.device_count == data * tensor
+    assert plan.zero_stage == zero
     for copy in (Plan.from_json(plan.to_json()), pickle.loads(pickle.dumps(plan)), Plan.parse(plan.short())):
         assert copy == plan
         assert hash(copy) == hash(plan)
@@ -35,9 +43,14 @@ def test_single_prints():
     ("fields", "message"),
     [
         ({"axes": {"data": 2}}, "axis 'data' splits nothing: no dim is mapped to it"),
-        ({"compute": {"batch": "data"}}, "dim 'batch' is mapped to axis 'data', but the plan's axes are none"),
+        ({"compute": {"batch": "data"}}, "'batch' is mapped to axis 'data', but the plan's axes are none"),
         ({"axes": {"data": 2.0}, "compute": {"batch": "data"}}, "a whole number of at least 2"),
-        ({"axes": {"pipeline": 2}, "compute": {"layer": "pipeline"}}, "unknown axis 'pipeline'"),
+        ({"axes": {"row": 2}, "compute": {"layer": "row"}}, "unknown axis 'row'"),
+        ({"axes": {"data": 2}, "store": {"parameter": "data"}}, "gradients are split only where slots are"),
+        ({"axes": {"data": 2}, "store": {"weights": "data"}}, "store maps 'weights'"),
+        ({"microbatches": 0}, "microbatches=0: expected a whole number of at least 1"),
+        ({"recompute": "some"}, "recompute='some': choose one of 'blocks', 'none'"),
+        ({"precision": "int8"}, "choose one of 'bfloat16', 'float32'"),
     ],
 )
 def test_refuses(fields, message):

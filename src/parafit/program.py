@@ -1,0 +1,144 @@
+"""`Program`: what one training step computes. Plain Python: imports neither JAX nor Keras.
+
+A program is a list of operations over named tensors, in the order they run. Every dimension of every tensor carries the
+name of its **dim**: the class of dimensions that the operations tie together (the columns of one kernel are the columns
+of its bias, of the activation, and the rows of the next kernel). A layout maps dims to mesh axes, so one line of a plan
+says how everything that shares the dim is split.
+
+Identical blocks are written once: the tensors and operations of a block that occurs twelve times carry `count=12`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+ROLES = ("parameter", "slot", "state", "input", "activation", "gradient")
+"""What a tensor is: a trained weight; an optimiser's slot; other state (statistics, seeds, metrics); a batch's array; a
+result of the forward pass, or of the backward pass on the way; the gradient of a parameter."""
+
+PHASES = ("forward", "backward", "update")
+
+KINDS = (
+    "matmul",
+    "convolution",
+    "attention",
+    "elementwise",
+    "reduction",
+    "normalisation",
+    "gather",
+    "scatter",
+    "sort",
+    "random",
+    "move",
+    "loop",
+    "unknown",
+)
+"""What an operation does, as far as its price depends on it. "attention" is a fused softmax(QKᵀ)V; "move" a copy or
+transpose; "loop" a sequential loop; "unknown" is replicated on every device and listed to the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """An array of the program.
+
+    Attributes:
+        name: unique in the program; of a parameter, the variable's path ("block0/dense/kernel").
+        shape: sizes of its dimensions, for the global batch.
+        dims: the dim of each dimension; "" where a dimension is tied to none (size 1, or made by a reshape that mixes dims).
+        itemsize: bytes of one element.
+        role: one of `ROLES`.
+        count: how many blocks have such a tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    itemsize: int = 4
+    role: str = "activation"
+    count: int = 1
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of one such tensor."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of one such tensor, whole."""
+        return self.size * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One operation on tensors.
+
+    Attributes:
+        name: the layer it belongs to ("block0/dense"), "" where unknown.
+        kind: one of `KINDS`.
+        phase: one of `PHASES`.
+        inputs: names of the tensors it reads.
+        outputs: names of the tensors it writes.
+        flops: floating-point operations of one run, over the global batch (a multiplication and an addition are two).
+        bytes: bytes it must move to and from memory in one run, fused neighbours left out.
+        contracted: dims it sums over: where one is split, the result is a partial sum on each device.
+        shape: of a matmul (batches, rows, inner, columns), whole; empty otherwise.
+        count: how many blocks run it.
+        steps: how many times one after the other a loop runs it inside one block.
+    """
+
+    name: str
+    kind: str
+    phase: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    flops: float = 0.0
+    bytes: float = 0.0
+    contracted: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    count: int = 1
+    steps: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What one training step computes.
+
+    Attributes:
+        name: the model's name.
+        operations: in the order they run: forward, backward, update.
+        tensors: by name.
+        sizes: size of each dim by its name; the rows of the batch are the dim "batch".
+        unknown: names of primitives that are replicated because parafit does not know how they split.
+        couples_batch: why the rows of a batch are not independent ("" where they are): batch statistics, random masks.
+
+    >>> x = Tensor(name="x", shape=(32, 784), dims=("batch", "pixels"), role="input")
+    >>> w = Tensor(name="w", shape=(784, 10), dims=("pixels", "classes"), role="parameter")
+    >>> y = Tensor(name="y", shape=(32, 10), dims=("batch", "classes"))
+    >>> dot = Operation(name="dense", kind="matmul", phase="forward", inputs=("x", "w"), outputs=("y",),
+    ...                 flops=2 * 32 * 784 * 10, contracted=("pixels",), shape=(1, 32, 784, 10))
+    >>> program = Program(name="one", operations=(dot,), tensors={t.name: t for t in (x, w, y)},
+    ...                   sizes={"batch": 32, "pixels": 784, "classes": 10})
+    >>> program.flops, program.bytes_of("parameter")
+    (501760.0, 31360)
+    """
+
+    name: str
+    operations: tuple[Operation, ...]
+    tensors: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    unknown: tuple[str, ...] = ()
+    couples_batch: str = ""
+
+    @cached_property
+    def flops(self) -> float:
+        """Floating-point operations of one step over the global batch."""
+        return float(sum(operation.flops * operation.count * operation.steps for operation in self.operations))
+
+    def of_role(self, role: str) -> tuple[Tensor, ...]:
+        """The tensors of a role."""
+        return tuple(tensor for tensor in self.tensors.values() if tensor.role == role)
+
+    def bytes_of(self, role: str) -> int:
+        """Bytes of all tensors of a role, whole, over all blocks."""
+        return sum(tensor.bytes * tensor.count for tensor in self.of_role(role))
