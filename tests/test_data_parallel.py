@@ -97,11 +97,12 @@ def test_callbacks_see_and_set_weights_on_many_devices():
 
 BAD_PLANS = {
     "data=9": "wants 9 devices, but there are 8",
-    "tensor=2": "unknown axis 'tensor'",
+    "row=2": "unknown axis 'row'",
+    "pipeline=2": "this version prices pipeline=2 but does not run it",
     "data=1": "splits nothing",
     "data=-2": "splits nothing",
     "data": "expected AXIS=SIZE",
-    "data=2,data=4": "names axis 'data' twice",
+    "data=2,data=4": "names 'data' twice",
     "no_such_file.json": "cannot read a plan",
 }
 

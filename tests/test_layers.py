@@ -13,15 +13,32 @@ PACKAGE = Path(parafit.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"plan_command"},
     {"tables", "sklearn"},
     {"api"},
-    {"run"},
+    {"run", "perceptron"},
+    {"planner", "nnx"},
     {"progress"},
     {"chunk", "data", "safeguard", "report"},
-    {"adapt", "callbacks", "mesh", "rewrite", "price"},
-    {"plan"},
-    {"program"},
-    {"errors", "compat", "cluster"},
+    {"techniques", "contract"},
+    {"calibrate"},
+    {"probes"},
+    {"adapt", "callbacks", "mesh", "nnx", "rewrite", "price", "segments"},
+    {"search"},
+    {"compare"},
+    {"ranking"},
+    {"candidates", "prices"},
+    {"layout"},
+    {"cost"},
+    {"memory"},
+    {"shares"},
+    {"plan", "trace", "collectives", "networks", "residuals"},
+    {"describe"},
+    {"kernels", "fold"},
+    {"program", "walk", "machine"},
+    {"operations"},
+    {"ties"},
+    {"dims", "errors", "compat", "cluster", "imports"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
@@ -105,3 +122,13 @@ parafit.fit(model, np.ones((20, 3)), np.ones((20, 2)), batch_size=8, verbose=0)
         found.append({path.name for path in (tmp_path / "parafit" / "programs").iterdir() if not path.name.endswith("-atime")})
     assert found[0]
     assert found[1] == found[0]
+
+
+def test_keras_loads_its_plots_and_wrappers_when_they_are_used():
+    script = """
+import sys, parafit, keras
+assert not {"sklearn", "matplotlib", "scipy.stats"} & set(sys.modules), "importing keras loads packages it does not need yet"
+assert issubclass(keras.wrappers.SKLearnClassifier, __import__("sklearn.base").base.BaseEstimator)
+assert callable(keras.visualization.plot_image_gallery) and "matplotlib.pyplot" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -50,6 +50,10 @@ def test_single_prints():
         ({"axes": {"data": 2}, "store": {"weights": "data"}}, "store maps 'weights'"),
         ({"microbatches": 0}, "microbatches=0: expected a whole number of at least 1"),
         ({"recompute": "some"}, "recompute='some': choose one of 'blocks', 'none'"),
+        (
+            {"axes": {"data": 8}, "compute": {"batch": "data"}, "store": {"slot": "data"}, "store_group": 3},
+            "store_group=3 does not divide axis data=8",
+        ),
         ({"precision": "int8"}, "choose one of 'bfloat16', 'float32'"),
     ],
 )

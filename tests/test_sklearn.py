@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+import parafit.perceptron
 import parafit.sklearn
 from parafit.errors import PlanError
 from parafit.plan import Plan
@@ -23,10 +24,32 @@ from parafit.plan import Plan
 unconverged = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
+@pytest.fixture(autouse=True)
+def float64_arithmetic():
+    """So that curves can be compared with scikit-learn's to the last digits; without it, epochs are computed in float32."""
+    with jax.enable_x64(True):
+        yield
+
+
 @parametrize_with_checks([parafit.sklearn.MLPClassifier(), parafit.sklearn.MLPRegressor()])
 @unconverged
 def test_scikit_learns_estimator_checks(estimator, check):
-    check(estimator)
+    with jax.enable_x64(False):
+        check(estimator)
+
+
+@unconverged
+@pytest.mark.parametrize("solver", ["adam", "sgd"])
+def test_many_float64_rows_are_computed_in_float32_unless_jax_computes_in_float64(solver):
+    x, y = digits()
+    exact, theirs = fit_both("MLPClassifier", x, y, solver=solver)
+    with jax.enable_x64(False):
+        ours, _ = fit_both("MLPClassifier", x, y, solver=solver)
+        few, few_exact = fit_both("MLPClassifier", x[:100], y[:100], solver=solver)
+    assert_same(few, few_exact, rtol=1e-9)
+    assert ours.coefs_[0].dtype == np.float64
+    assert not np.array_equal(ours.coefs_[0], exact.coefs_[0])
+    assert_same(ours, theirs, rtol=2e-4, atol=1e-5)
 
 
 @unconverged
@@ -98,7 +121,7 @@ def test_sparse_rows_give_the_curve_of_dense_rows(solver):
 def test_rows_that_take_several_chunks_give_the_curve_of_one_chunk(monkeypatch):
     x, y = digits()
     whole, theirs = fit_both("MLPClassifier", x, y, batch_size=23)
-    monkeypatch.setattr(parafit.sklearn, "_CHUNK_BYTES", 4 * 23 * x.shape[1] * 8)
+    monkeypatch.setattr(parafit.perceptron, "_CHUNK_BYTES", 4 * 23 * x.shape[1] * 8)
     chunked, _ = fit_both("MLPClassifier", x, y, batch_size=23)
     assert_same(chunked, whole, rtol=0)
     assert_same(chunked, theirs, rtol=1e-9)
@@ -219,7 +242,7 @@ def test_ctrl_c_keeps_the_weights_of_the_last_whole_epoch(monkeypatch):
     x, y = digits()
     with pytest.warns(ConvergenceWarning):
         short = parafit.sklearn.MLPClassifier((4,), max_iter=2, random_state=0).fit(x, y)
-    run_epoch = parafit.sklearn._Trainer.run_epoch
+    run_epoch = parafit.perceptron.Trainer.run_epoch
     losses = []
 
     def interrupted(trainer, order):
@@ -228,7 +251,7 @@ def test_ctrl_c_keeps_the_weights_of_the_last_whole_epoch(monkeypatch):
         losses.append(run_epoch(trainer, order))
         return losses[-1]
 
-    monkeypatch.setattr(parafit.sklearn._Trainer, "run_epoch", interrupted)
+    monkeypatch.setattr(parafit.perceptron.Trainer, "run_epoch", interrupted)
     with pytest.warns(UserWarning, match="Training interrupted by user"):
         model = parafit.sklearn.MLPClassifier((4,), random_state=0).fit(x, y)
     assert_same(model, short, rtol=0)
@@ -264,12 +287,13 @@ def test_grid_search_over_a_pipeline_chooses_as_scikit_learn_does():
 @unconverged
 def test_nothing_global_changes():
     x, y = digits()
-    before = np.random.get_state()[1].copy(), jax.config.jax_enable_x64
-    parafit.sklearn.MLPClassifier((4,), max_iter=2, random_state=0).fit(x, y)
-    parafit.sklearn.MLPClassifier((4,), max_iter=2, solver="lbfgs", random_state=0).fit(x, y)
-    np.testing.assert_array_equal(np.random.get_state()[1], before[0])
-    assert jax.config.jax_enable_x64 == before[1]
-    assert jax.numpy.ones(1).dtype == np.float32
+    before = np.random.get_state()[1].copy()
+    with jax.enable_x64(False):
+        parafit.sklearn.MLPClassifier((4,), max_iter=2, random_state=0).fit(x, y)
+        parafit.sklearn.MLPClassifier((4,), max_iter=2, solver="lbfgs", random_state=0).fit(x, y)
+        assert not jax.config.jax_enable_x64
+        assert jax.numpy.ones(1).dtype == np.float32
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
 @unconverged
@@ -277,10 +301,10 @@ def test_new_hyperparameters_compile_nothing_again():
     x, y = digits()
     for solver in ("adam", "sgd"):
         parafit.sklearn.MLPClassifier((4,), solver=solver, max_iter=1).fit(x, y)
-    programs = parafit.sklearn._run_chunk._cache_size()
+    programs = parafit.perceptron._run_chunk._cache_size()
     parafit.sklearn.MLPClassifier((4,), alpha=1, learning_rate_init=0.1, beta_1=0.5, epsilon=0.1, random_state=7, max_iter=2).fit(x, y)
     parafit.sklearn.MLPClassifier((4,), solver="sgd", momentum=0.1, learning_rate="adaptive", tol=9, max_iter=2).fit(x, y)
-    assert parafit.sklearn._run_chunk._cache_size() == programs
+    assert parafit.perceptron._run_chunk._cache_size() == programs
 
 
 @pytest.mark.parametrize("name", ["MLPClassifier", "MLPRegressor"])

@@ -15,14 +15,16 @@ on disk so that a second start compiles nothing again; Keras and JAX themselves 
 
 import importlib
 
-from parafit import cluster
+from parafit import cluster, imports
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "errors", "evaluate", "fit", "predict"]
+__all__ = ["Machine", "Plan", "errors", "evaluate", "explain", "find_plan", "fit", "predict"]
 
 _HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "plan"}
+_HOMES |= {"find_plan": "planner", "explain": "compare", "Machine": "machine"}
 
 cluster.prepare()
+imports.defer_slow_parts_of_keras()
 
 
 def __getattr__(name: str):

@@ -9,9 +9,27 @@ import keras
 
 from parafit import compat
 from parafit.errors import BackendError, ModelError
+from parafit.layout import Owner
 
 State = tuple[list[jax.Array], ...]
 """Groups of arrays: weights that a step changes, statistics and seeds, optimizer slots, metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A training step in parts, for plans that put something between them.
+
+    Attributes:
+        loss: `(weights, (non-trainable, optimizer, metrics), batch) -> (scaled loss, (loss, predictions, non-trainable, metrics))`.
+        measure: `(metrics, loss, predictions, batch) -> (logs, metrics)`.
+        update: `(optimizer, gradients, weights) -> (weights, optimizer)`.
+        couples: why the loss of a batch is not the mean of the losses of its parts, "" where it is.
+    """
+
+    loss: Callable
+    measure: Callable
+    update: Callable
+    couples: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +43,8 @@ class Step:
         fixed_variables: the weights that the step only reads.
         stops_on_bad_loss: whether a loss that is not finite ends training (not under loss scaling, which skips such steps).
         identity: objects that stay the same while a program compiled from this step stays right.
+        parts: a training step in parts, None where the model's class has a step of its own.
+        own: the method in which it has it, "" where it has none.
     """
 
     name: str
@@ -33,6 +53,21 @@ class Step:
     fixed_variables: Sequence[Any] = ()
     stops_on_bad_loss: bool = False
     identity: tuple
+    parts: Parts | None = None
+    own: str = ""
+
+    @property
+    def weights(self) -> Sequence[Any]:
+        """The weights that training changes, whether or not this step does."""
+        return self.variables[0] if self.name == "train" else self.fixed_variables
+
+    @property
+    def owners(self) -> tuple[list[Owner], tuple[list[Owner], ...]]:
+        """What each array is that the step reads only, and each array of the state."""
+        shapes = {variable.path: tuple(variable.shape) for variable in self.weights}
+        weights = {id(variable) for variable in self.weights}
+        fixed, *state = ([_owner(each, shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables))
+        return fixed, tuple(state)
 
     def read(self) -> State:
         """The state as the model holds it now: arrays by reference."""
@@ -94,7 +129,14 @@ class KerasModel:
         model = self.model
         groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables, model.metrics_variables)
         scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-        return self._step("train", lambda fixed, state, batch: model.train_step(state, batch), groups, stops_on_bad_loss=not scaled)
+        return self._step(
+            "train",
+            lambda fixed, state, batch: model.train_step(state, batch),
+            groups,
+            stops_on_bad_loss=not scaled,
+            parts=self._parts(),
+            own=compat.own_step(model),
+        )
 
     def test_step(self) -> Step:
         """`keras.Model.test_step`."""
@@ -126,10 +168,32 @@ class KerasModel:
         """What Keras' optimizers do once after the last step (such as taking over averaged weights)."""
         self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
 
+    def _parts(self) -> Parts | None:
+        """`keras.Model.train_step` in parts, None where the model's class computes something of it in its own way."""
+        model = self.model
+        if compat.own_step(model):
+            return None
+        return Parts(
+            loss=lambda weights, state, batch: compat.loss_and_updates(model, weights, state, batch),
+            measure=lambda metrics, loss, predictions, batch: compat.update_metrics(model, metrics, loss, predictions, batch),
+            update=lambda optimizer, gradients, weights: model.optimizer.stateless_apply(optimizer, gradients, weights),
+            couples=compat.why_rows_couple(model),
+        )
+
     def _step(self, name: str, function: Callable, groups: tuple, *, fixed=(), **options) -> Step:
         variables = tuple(list(group) for group in groups)
         identity = (*compat.compiled_parts(self.model), *fixed, *(variable for group in variables for variable in group))
         return Step(name=name, function=function, variables=variables, fixed_variables=list(fixed), identity=identity, **options)
+
+
+def _owner(variable, parameters: dict[str, tuple], is_weight: bool) -> Owner:
+    """Keras names a slot after its parameter: "adam/dense_kernel_momentum" belongs to "dense/kernel"."""
+    path, shape = variable.path, tuple(variable.shape)
+    if is_weight:
+        return Owner("parameter", path)
+    name = path.rpartition("/")[2]
+    named = [each for each in parameters if parameters[each] == shape and name.startswith(each.replace("/", "_") + "_")]
+    return Owner("slot", max(named, key=len)) if named and shape else Owner("state", path)
 
 
 def _check(model, verb: str) -> None:

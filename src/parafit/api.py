@@ -10,9 +10,10 @@ from typing import Any
 from parafit import compat, data, run
 from parafit.adapt import KerasModel
 from parafit.callbacks import batch_strides, callback_list
-from parafit.errors import PlanError
+from parafit.errors import ModelError, PlanError, ProgramError
 from parafit.mesh import Placement
 from parafit.plan import Plan
+from parafit.progress import settle
 
 
 def fit(
@@ -93,6 +94,8 @@ def fit(
     feed = data.Feed(x, y, sample_weight, **options)
     feed.keep_on(placement)
     adapter.build(feed.example)
+    step = adapter.train_step()
+    placement = settle(placement, step, feed.shapes, model.name)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
     pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
     feed.limit(pace.strides)
@@ -103,12 +106,13 @@ def fit(
     def validate(epoch: int) -> dict:
         return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
 
-    progress = run.Progress(adapter, adapter.train_step(), placement)
+    progress = run.Progress(adapter, step, placement)
     shapes = feed.foreseen()
     progress.compile(shapes)
     price = progress.price(shapes[0]) if verbose and shapes else None
     if price:
         print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
+        _print_breaches(progress, shapes[0], feed.shapes(), model.name)
     feed.restart()
     run.train(
         progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate
@@ -151,6 +155,7 @@ def evaluate(
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
     feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
     adapter.build(feed.example)
+    placement = settle(placement, adapter.test_step(), feed.shapes, model.name)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     logs = _evaluate(adapter, feed, listed, placement)
     return logs if return_dict else compat.flatten_metrics(model, logs)
@@ -185,6 +190,7 @@ def predict(
         return model.predict(x, batch_size, verbose, steps, callbacks)
     feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps)
     adapter.build_layers(feed.example)
+    placement = settle(placement, adapter.predict_step(), feed.shapes, model.name)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     strides = batch_strides(listed, "predict", model.steps_per_execution)
     feed.limit(strides)
@@ -210,6 +216,15 @@ def _evaluate(adapter: KerasModel, feed: data.Feed, callbacks, placement: Placem
     feed.limit(strides)
     feed.restart()
     return run.evaluate(adapter, feed, callbacks, run.Pace(strides), placement)
+
+
+def _print_breaches(progress: run.Progress, arrays, shapes, name: str) -> None:
+    """A line for whatever the compiled program does and the plan does not say."""
+    try:
+        for row in progress.check(arrays, shapes, name).broken:
+            print(f"parafit: not in the plan: {row}")
+    except (ModelError, ProgramError) as error:
+        print(f"parafit: the compiled program was not compared with the plan: {error}")
 
 
 def _why_stepwise(adapter: KerasModel, *parts) -> str | None:

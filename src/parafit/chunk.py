@@ -14,6 +14,7 @@ from parafit import compat
 from parafit.adapt import State, Step
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import rewrite_jaxpr
+from parafit.techniques import planned_function
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
 _CHUNKS: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
@@ -41,23 +42,34 @@ class Chunk:
     The state passed in is donated. After a step whose loss is not finite the program stops; called again with that tally,
     a loop does nothing more (a program of one step runs it). `outputs` are predictions of shape (capacity, batch,
     ...), None when training or testing.
+
+    Attributes:
+        fresh_tally: the tally before the first step.
     """
 
-    def __init__(self, lowered, logs, capacity: int):
+    def __init__(self, lowered, logs, capacity: int, placement: Placement):
         self.capacity = capacity
-        self._no_logs = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logs)
+        # On the devices once and for all: an array that has to be brought there costs microseconds in every call.
+        tally = Tally(np.int32(0), np.bool_(True), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logs))
+        self.fresh_tally, self._one = jax.device_put((tally, np.int32(1)), placement.replicated)
         self._compiling: Future = _COMPILERS.submit(lowered.compile)
 
     def __call__(self, fixed: list, state: State, tally: Tally, steps: int, arrays):
-        return self._compiling.result()(fixed, state, tally, np.int32(steps), arrays)
+        return self._compiling.result()(fixed, state, tally, self._one if steps == 1 else np.int32(steps), arrays)
 
     def wait(self) -> None:
         """Until the program is compiled."""
         self._compiling.result()
 
-    def fresh_tally(self) -> Tally:
-        """The tally before the first step."""
-        return Tally(np.int32(0), np.bool_(True), self._no_logs)
+    @property
+    def text(self) -> str:
+        """The compiler's text of the program."""
+        return self._compiling.result().as_text()
+
+    @property
+    def argument_bytes(self) -> int:
+        """What the program's arguments take on one device."""
+        return self._compiling.result().memory_analysis().argument_size_in_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -92,24 +104,28 @@ def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
         if predicts
         else _run_many(run_step, capacity, guarded=step.stops_on_bad_loss and "loss" in outputs)
     )
-    program = jax.jit(many, donate_argnums=1, **_shardings(placement, arrays, outputs if predicts else None, capacity))
+    stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.owners, (fixed, state))]
+    program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
-    return Chunk(program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), tally.logs, capacity)
+    return Chunk(program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), tally.logs, capacity, placement)
 
 
 def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any]:
     """The step as a function that no longer runs the model's Python code, and the shapes of its outputs."""
-    traced, (outputs, new_state) = jax.make_jaxpr(step.function, return_shape=True)(fixed, state, batch)
+    traced, (outputs, new_state) = jax.make_jaxpr(planned_function(step, placement, batch), return_shape=True)(fixed, state, batch)
     if jax.default_backend() == "cpu":
         traced = rewrite_jaxpr(traced)
     flat = compat.jaxpr_as_function(traced)
     structure = jax.tree.structure((outputs, new_state))
+    owners = step.owners
 
     def run_step(fixed, state, batch):
-        leaves = flat(*jax.tree.leaves((fixed, state, placement.split_batch(batch))))
+        inputs = placement.constrain(placement.computed, owners, (fixed, state))
+        leaves = flat(*jax.tree.leaves((inputs, placement.split_batch(batch))))
         outputs, new = jax.tree.unflatten(structure, leaves)
         # A custom train_step may change a dtype (float32 to float64, say); a loop needs the one it started with.
-        return outputs, placement.replicate(jax.tree.map(lambda old, array: array.astype(old.dtype), state, tuple(new)))
+        new = jax.tree.map(lambda old, array: array.astype(old.dtype), state, tuple(new))
+        return outputs, placement.constrain(placement.stored, owners[1], new)
 
     return run_step, outputs
 
@@ -169,10 +185,10 @@ def _batch(arrays, index):
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), arrays)
 
 
-def _shardings(placement: Placement, arrays, outputs, capacity: int) -> dict:
+def _shardings(placement: Placement, stored, arrays, outputs, capacity: int) -> dict:
     """How a program's arguments and results lie on the devices, for `jax.jit`; nothing to say for one device."""
     if placement.mesh is None:
         return {}
-    whole = placement.replicated
+    whole, (fixed, state) = placement.replicated, stored
     collected = jax.tree.map(lambda leaf: placement.block((capacity, *leaf.shape)), outputs)
-    return {"in_shardings": (whole, whole, whole, whole, placement.blocks(arrays)), "out_shardings": (whole, whole, collected)}
+    return {"in_shardings": (fixed, state, whole, whole, placement.blocks(arrays)), "out_shardings": (state, whole, collected)}

@@ -70,3 +70,46 @@ def predict(folder: Path, table: Path, out: Path) -> int:
         click.echo(f"note     {words}")
     click.echo(f"written  {out}: {notes.rows:,} rows")
     return 0
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--batch-size", required=True, type=click.IntRange(min=1), help="Rows of one step over all devices together.")
+@click.option("--machine", metavar="NAME", help="A preset such as h100x8, or a machine's JSON file. Default: this machine.")
+@click.option("--hosts", type=click.IntRange(min=1), help="How many of these machines.")
+@click.option("--network", metavar="RATE", help="Bandwidth between hosts for each device, such as 400Gb.")
+@click.option("--goal", type=click.Choice(["time", "memory", "cost"]), default="time", show_default=True, help="What to minimise.")
+@click.option("--max-gib", type=float, help="Memory that a device may use. Default: all of it.")
+@click.option("--allow", metavar="NAMES", help="Techniques that may be used, such as data,tensor,zero. Default: all that keep the numbers.")
+@click.option("--instead", metavar="PLAN", help='A plan to compare with, such as "data=8,tensor=8".')
+@click.option(
+    "--sizes", type=click.IntRange(min=1), nargs=2, metavar="INPUTS OUTPUTS", help="What a .py file's build_model is called with."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the plan here, as JSON for --plan.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page with plots here.")
+def plan(model: str, **options) -> int:
+    """Find the best plan to train MODEL with, and say what it would take.
+
+    MODEL is a network by name (gpt:39b, llama:8b) or by its sizes (gpt:layers=48,hidden=8192,heads=64,sequence=2048,vocabulary=51200),
+    a .keras file, or a .py file with build_model(input_shape, output_size). Nothing is trained.
+    """
+    from parafit import plan_command
+
+    click.echo(plan_command.plan_text(model, **options))
+    return 0
+
+
+@commands.command()
+@click.argument("name", required=False)
+@click.option("--hosts", type=click.IntRange(min=1), help="How many of these machines.")
+@click.option("--network", metavar="RATE", help="Bandwidth between hosts for each device, such as 400Gb.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine first, and keep the result.")
+def machine(name: str | None, **options) -> int:
+    """Print the numbers that plans are priced with, and where each comes from.
+
+    NAME is a preset such as h100x8, or a machine's JSON file. Default: this machine.
+    """
+    from parafit import plan_command
+
+    click.echo(plan_command.machine_text(name, **options))
+    return 0

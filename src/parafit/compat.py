@@ -75,6 +75,45 @@ def needs_batch_to_build(model) -> bool:
     return not is_built(model) or any(part is not None and not part.built for part in parts)
 
 
+def own_step(model) -> str:
+    """The part of training that a model's class computes in its own way, "" where all of it is Keras'.
+
+    Keras 3.15: `compute_loss_and_updates` and `_update_metrics_variables` are what `train_step` is made of on JAX.
+    """
+    names = ("train_step", "compute_loss_and_updates", "_update_metrics_variables")
+    return next((name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)), "")
+
+
+def why_rows_couple(model) -> str:
+    """Why the loss of a batch is not the mean of the losses of its parts, "" where it is.
+
+    Keras 3.15: `_flatten_layers` reaches layers within layers, and the losses that `compile` was given sit in `_flat_losses`.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+            return f"layer {layer.name!r} normalises by the statistics of the batch"
+        if layer.activity_regularizer is not None:
+            return f"layer {layer.name!r} has an activity regularizer, which sums over the batch"
+        if isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False):
+            return f"layer {layer.name!r} masks, so that parts of a batch weigh differently"
+    for _, loss, *_ in getattr(model._compile_loss, "_flat_losses", None) or ():
+        if getattr(loss, "reduction", "sum_over_batch_size") not in ("sum_over_batch_size", "mean"):
+            return f"the loss {getattr(loss, 'name', loss)!r} has reduction={loss.reduction!r}, not a mean over the batch"
+    return ""
+
+
+def loss_and_updates(model, weights, state, batch) -> Any:
+    """The loss to differentiate, and `(loss, predictions, non-trainable, metrics)`; see `own_step`."""
+    non_trainable, optimizer, metrics = state
+    return model.compute_loss_and_updates(weights, non_trainable, metrics, *unpack(batch), training=True, optimizer_variables=optimizer)
+
+
+def update_metrics(model, metrics, loss, predictions, batch) -> Any:
+    """The logs and the metrics' variables after a batch; see `own_step`."""
+    x, y, sample_weight = unpack(batch)
+    return model._update_metrics_variables(metrics, loss, x, y, predictions, sample_weight)
+
+
 class Batches:
     """The batches of `fit`, `evaluate` and `predict`, epoch by epoch, as Keras itself would draw them.
 

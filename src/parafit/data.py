@@ -59,6 +59,7 @@ class Feed:
         self._most_steps = min(MOST_STEPS, self.steps_per_epoch or MOST_STEPS)
         self._buffers: dict[Any, _Buffers] = {}
         self._largest_batch = 0
+        self._drawn: Any = None
 
     @property
     def steps_per_epoch(self) -> Any:
@@ -66,8 +67,15 @@ class Feed:
 
     def example(self) -> Any:
         """One batch to build a model on."""
-        batch = next(self._batches.epoch())
-        return batch if self._arrays is None else jax.tree.map(lambda array: array[batch], self._arrays)
+        self._drawn = next(self._batches.epoch())
+        return self._drawn if self._arrays is None else jax.tree.map(lambda array: array[self._drawn], self._arrays)
+
+    def shapes(self) -> Any:
+        """The arrays of one batch as shapes; a batch is drawn (and, of a generator, lost) only where nothing else tells them."""
+        if self._arrays is None:
+            return jax.tree.map(_spec, self._drawn or self.example())
+        rows = len(jax.tree.leaves(self._arrays)[0])
+        return jax.tree.map(lambda array: _rows_spec(array, min(self._batches.batch_size, rows)), self._arrays)
 
     def keep_on(self, placement: Placement) -> None:
         """Keep the data on the devices if it fits there; blocks then carry row numbers."""
@@ -96,7 +104,7 @@ class Feed:
 
     def epoch(self) -> "Epoch":
         """The next epoch's blocks."""
-        return Epoch(self._batches.epoch(), self._fill)
+        return Epoch(self._batches.epoch(), self._fill, may_look_ahead=self._arrays is not None)
 
     def find_non_finite(self) -> str:
         """In words, which rows hold NaN or infinite values; empty where there are none or the rows are not known."""
@@ -157,8 +165,8 @@ class Feed:
 class Epoch:
     """One epoch's batches, taken in blocks of the size the caller wants next."""
 
-    def __init__(self, batches: Iterator[Any], fill: Callable):
-        self._batches, self._fill, self._waiting = batches, fill, None
+    def __init__(self, batches: Iterator[Any], fill: Callable, *, may_look_ahead: bool):
+        self._batches, self._fill, self._waiting, self._may_look_ahead = batches, fill, None, may_look_ahead
 
     def take(self, most: int) -> Block | None:
         """Up to `most` batches of one shape, None at the end of the epoch."""
@@ -167,6 +175,10 @@ class Epoch:
             return None
         block, self._waiting = self._fill(self._batches, first, most)
         return block
+
+    def take_ahead(self, most: int) -> Block | None:
+        """`take` before a callback has run: arrays only, for a generator's user sees when a batch is drawn."""
+        return self.take(most) if self._may_look_ahead else None
 
 
 class _Buffers:

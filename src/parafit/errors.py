@@ -6,6 +6,8 @@ ParafitError
 ├── ModelError (ValueError)  the model cannot be fitted as it is (not compiled, not traceable)
 ├── DataError (ValueError)   arrays, tables or files that cannot be used as they are
 ├── PlanError (ValueError)   a plan that cannot run on this machine or model
+├── MachineError (ValueError) a machine's description with missing or impossible numbers
+├── ProgramError             a compiled program whose text cannot be read
 ├── OutputError (OSError)    a place that cannot be written, found out before any work
 └── NonFiniteLossError       the loss became NaN or infinite; the model holds its last good weights
 ```
@@ -32,6 +34,14 @@ class DataError(ParafitError, ValueError):
 
 class PlanError(ParafitError, ValueError):
     """A plan that cannot run on this machine or with this model."""
+
+
+class MachineError(ParafitError, ValueError):
+    """A description of a machine that lacks a number, or has one that cannot be."""
+
+
+class ProgramError(ParafitError):
+    """The compiler's text of a program is in a form that parafit cannot read."""
 
 
 class OutputError(ParafitError, OSError):

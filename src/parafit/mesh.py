@@ -1,6 +1,7 @@
 """A plan on real devices: one mesh, and where each array of a step lives on it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parafit.errors import PlanError
+from parafit.layout import GROUP, Layout, Owner, Spec, axis_size
 from parafit.plan import Plan
 
 RESIDENT_SHARE = 0.25
@@ -32,20 +34,24 @@ class Lookup:
 class Placement:
     """Where state and batches of a step live under a plan.
 
-    One device: everything lives on JAX's default device and nothing is constrained. Otherwise state is kept whole on
-    every device and the batch dim of every array is split over the plan's axis; a batch that the axis does not divide
-    is split unevenly inside the program, which leaves the numbers as they are.
+    One device: everything lives on JAX's default device and nothing is constrained. Otherwise parameters and what is shaped
+    like them live as the layout says, other state is whole on every device, and the batch dim of every array is split over
+    the axis that the plan maps it to; a batch that the axis does not divide is split unevenly inside the program, which
+    leaves the numbers as they are.
 
     Args:
         plan: the plan to run.
+        layout: how parameters are split; empty: whole on every device.
 
     Raises:
-        PlanError: the plan wants more devices than there are.
+        PlanError: the plan wants more devices than there are, or something that this version does not run.
     """
 
     plan: Plan
+    layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self):
+        _check_runs(self.plan)
         wanted, there = self.plan.device_count, jax.device_count()
         if wanted > there:
             raise PlanError(
@@ -58,7 +64,7 @@ class Placement:
         """The device mesh, None for one device."""
         if self.plan.device_count == 1:
             return None
-        axes = self.plan.axes
+        axes = dict(part for axis in self.plan.axes for part in _mesh_parts(self.plan, axis))
         # Keras layers mix sharded and replicated arrays freely, which JAX's default, Explicit axes, refuses.
         automatic = (AxisType.Auto,) * len(axes)
         return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic, devices=jax.devices()[: self.plan.device_count])
@@ -72,8 +78,8 @@ class Placement:
         """Where an array of shape (steps, batch, ...) enters a program, or leaves it."""
         if self.mesh is None:
             return None
-        whole_shares = len(shape) > 1 and shape[1] % self._batch_size_divisor == 0
-        return NamedSharding(self.mesh, PartitionSpec(None, self._batch_axis)) if whole_shares else self.replicated
+        whole_shares = len(shape) > 1 and shape[1] % self.batch_parts == 0
+        return NamedSharding(self.mesh, PartitionSpec(None, self._batch_axes)) if whole_shares else self.replicated
 
     def blocks(self, arrays: Any) -> Any:
         """`block` for every array of a block; what stays on the devices is whole on each."""
@@ -85,19 +91,35 @@ class Placement:
         """Inside a program: split arrays of shape (batch, ...) over the devices."""
         if self.mesh is None:
             return batch
-        split = NamedSharding(self.mesh, PartitionSpec(self._batch_axis))
+        split = NamedSharding(self.mesh, PartitionSpec(self._batch_axes))
         return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, split) if array.ndim else array, batch)
 
-    def replicate(self, state: Any) -> Any:
-        """Inside a program: keep state whole on every device."""
-        if self.mesh is None:
-            return state
-        return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), state)
+    def gather(self, batch: Any) -> Any:
+        """Inside a program: bring whole arrays to every device."""
+        return batch if self.mesh is None else jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), batch)
 
-    def put_state(self, array: jax.Array) -> jax.Array:
+    def stored(self, owner: Owner, array: Any) -> NamedSharding | None:
+        """Where an array of the state rests between steps."""
+        return self._sharding(self.layout.store.get(owner.role, self.layout.compute).get(owner.path, ()), array.shape)
+
+    def computed(self, owner: Owner, array: Any) -> NamedSharding | None:
+        """Where an array of the state is while operations read it; slots, which only the update reads, stay where they rest."""
+        return self.stored(owner, array) if owner.role == "slot" else self._sharding(self.layout.compute.get(owner.path, ()), array.shape)
+
+    def constrain(self, where: Callable[[Owner, Any], Any], owners: Any, arrays: Any) -> Any:
+        """Inside a program: bring arrays to where `stored` or `computed` says."""
+        if self.mesh is None:
+            return arrays
+        return jax.tree.map(lambda owner, array: jax.lax.with_sharding_constraint(array, where(owner, array)), owners, arrays)
+
+    def replicate(self, arrays: Any) -> Any:
+        """Inside a program: keep arrays whole on every device."""
+        return arrays if self.mesh is None else jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), arrays)
+
+    def put_state(self, owner: Owner, array: jax.Array) -> jax.Array:
         """One array of the state, brought to where this plan keeps it."""
-        if self.replicated is not None:
-            return jax.device_put(array, self.replicated)
+        if self.mesh is not None:
+            return jax.device_put(array, self.stored(owner, array))
         device = jax.devices()[0]
         return array if array.devices() == {device} else jax.device_put(array, device)
 
@@ -111,13 +133,47 @@ class Placement:
         return byte_count < RESIDENT_SHARE * (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0))
 
     def bring_home(self, array: jax.Array) -> jax.Array:
-        """The copy of a replicated array on the first device: what is left in the model after a run."""
-        return array if self.mesh is None else array.addressable_shards[0].data
+        """An array of the state whole on the first device: what is left in the model after a run."""
+        if self.mesh is None:
+            return array
+        return array.addressable_shards[0].data if array.is_fully_replicated else jax.device_put(array, jax.devices()[0])
 
     @property
-    def _batch_axis(self) -> str:
-        return self.plan.compute["batch"]
+    def _batch_axes(self) -> tuple[str, ...] | None:
+        """The mesh axes the batch is split over, None where it is whole."""
+        axis = self.plan.compute.get("batch")
+        return tuple(part for part, _ in _mesh_parts(self.plan, axis)) if axis else None
 
     @property
-    def _batch_size_divisor(self) -> int:
-        return self.plan.axes[self._batch_axis]
+    def batch_parts(self) -> int:
+        """How many devices share a batch between them."""
+        return self.plan.axes.get(self.plan.compute.get("batch", ""), 1)
+
+    def _sharding(self, spec: Spec, shape: tuple[int, ...]) -> NamedSharding | None:
+        """The sharding of an array; one whose shape is not what the layout was made for stays whole."""
+        if self.mesh is None:
+            return None
+        fits = len(spec) == len(shape) and all(size % axis_size(self.plan, axis) == 0 for size, axis in zip(shape, spec))
+        parts = [axis and tuple(part for part, _ in _mesh_parts(self.plan, axis)) for axis in spec]
+        return NamedSharding(self.mesh, PartitionSpec(*parts)) if fits else self.replicated
+
+
+def _mesh_parts(plan: Plan, axis: str) -> list[tuple[str, int]]:
+    """The axes of the mesh, with their sizes, that make up an axis of the plan: two where state is split inside groups of it."""
+    if axis == GROUP:
+        return [(GROUP, plan.store_group)]
+    size = plan.axes[axis]
+    if axis in plan.store.values() and 0 < plan.store_group < size:
+        return [(axis, size // plan.store_group), (GROUP, plan.store_group)]
+    return [(axis, size)]
+
+
+def _check_runs(plan: Plan) -> None:
+    for name, value, idle in (("pipeline", plan.axes.get("pipeline", 1), 1), ("interleave", plan.interleave, 1)):
+        if value != idle:
+            raise PlanError(
+                f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
+                "Use data, tensor, zero=, microbatches= or recompute=."
+            )
+    if plan.precision != "float32":
+        raise PlanError(f"plan {plan.short()!r}: this version prices precision={plan.precision} but does not run it yet. Use float32.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 from parafit.errors import PlanError
 
@@ -63,6 +64,7 @@ class Plan:
     recompute: str = "none"
     precision: str = "float32"
     interleave: int = 1
+    ranking: ClassVar[Any] = None  # of a plan that a search found: the `Ranking` it is the best of; no part of the plan itself
 
     def __post_init__(self):
         for name in ("axes", "compute", "store"):
@@ -127,8 +129,10 @@ class Plan:
             raise PlanError(
                 f"plan {text!r}: zero={zero} is not a stage of ZeRO. Choose 1 (slots), 2 (and gradients) or 3 (and parameters)."
             )
-        numbers = {name: _whole(text, name, fields.pop(name)) for name in ("store_group", "microbatches", "interleave") if name in fields}
-        words = {name: fields.pop(name) for name in ("recompute", "precision") if name in fields}
+        numbers: dict[str, Any] = {
+            name: _whole(text, name, fields.pop(name)) for name in ("store_group", "microbatches", "interleave") if name in fields
+        }
+        words: dict[str, Any] = {name: fields.pop(name) for name in ("recompute", "precision") if name in fields}
         axes = {axis: _size(text, axis, size) for axis, size in fields.items()}
         return cls(axes=axes, compute={AXES[axis]: axis for axis in axes}, store=dict.fromkeys(STORED[:zero], "data"), **numbers, **words)
 
@@ -203,7 +207,8 @@ class Plan:
         store = (
             ", ".join(f"{role}s → {axis}" for role, axis in self.store.items()) or "every device keeps all parameters and optimiser state"
         )
-        return f"plan    {self.short()} ({devices})\ncompute {compute}\nstore   {store}"
+        found = f"\n{self.ranking.table()}" if self.ranking else ""
+        return f"plan    {self.short()} ({devices})\ncompute {compute}\nstore   {store}{found}"
 
 
 def _check_axis(axis: str, size: int) -> None:
@@ -225,6 +230,9 @@ def _check_choices(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise PlanError(f"{name}={value!r}: expected a whole number of at least {least}.")
+    for axis in set(plan.store.values()) if plan.store_group else ():
+        if plan.axes[axis] % plan.store_group:
+            raise PlanError(f"store_group={plan.store_group} does not divide axis {axis}={plan.axes[axis]}. Choose a number that does.")
     for name, known in (("recompute", RECOMPUTE), ("precision", PRECISIONS)):
         if getattr(plan, name) not in known:
             raise PlanError(f"{name}={getattr(plan, name)!r}: choose one of {_names(known)}.")

@@ -111,6 +111,7 @@ class Program:
         sizes: size of each dim by its name; the rows of the batch are the dim "batch".
         unknown: names of primitives that are replicated because parafit does not know how they split.
         couples_batch: why the rows of a batch are not independent ("" where they are): batch statistics, random masks.
+        fixed: dims that some operation cannot split (windows slide over it, a sort or a loop runs along it, a slice cuts it).
 
     >>> x = Tensor(name="x", shape=(32, 784), dims=("batch", "pixels"), role="input")
     >>> w = Tensor(name="w", shape=(784, 10), dims=("pixels", "classes"), role="parameter")
@@ -129,6 +130,7 @@ class Program:
     sizes: Mapping[str, int]
     unknown: tuple[str, ...] = ()
     couples_batch: str = ""
+    fixed: frozenset[str] = frozenset()
 
     @cached_property
     def flops(self) -> float:

@@ -1,6 +1,8 @@
 """A model's state on its way through compiled programs: how fast, at what price, and in whose hands."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +11,60 @@ import numpy as np
 
 from parafit.adapt import KerasModel, State, Step
 from parafit.chunk import Chunk, Tally, find_chunk
+from parafit.contract import Report, check, compare_memory, expect, read
 from parafit.data import Block
+from parafit.errors import PlanError
+from parafit.layout import lay_out, resolve, split_by_dims
 from parafit.mesh import Placement
+from parafit.plan import AXES, Plan
 from parafit.price import Price
+from parafit.program import Program, Tensor
 from parafit.safeguard import Safeguard
+from parafit.trace import trace_step
 
 CONTROL_SECONDS = 0.2
 _TRIALS = 4
 _TRIAL_SECONDS = 0.05
 _LONG_SECONDS = 0.5
+
+
+def settle(placement: Placement, step: Step, shapes: Callable[[], Any], name: str = "") -> Placement:
+    """The placement with the plan's layout worked out for this model.
+
+    Args:
+        placement: a plan on devices.
+        step: the model's step.
+        shapes: gives the arrays of one batch, or their shapes; called where the plan needs the model's dims.
+        name: of the model.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    plan = placement.plan
+    if placement.mesh is None:
+        return placement
+    if set(plan.compute) <= {AXES["data"]}:
+        return Placement(plan, lay_out(_shaped(step), plan))
+    program = trace_step(step, step.read(), shapes(), fixed=step.read_fixed(), name=name)
+    plan = resolve(program, plan)
+    _check_split(program, plan)
+    return Placement(plan, lay_out(program.tensors.values(), plan))
+
+
+def _check_split(program: Program, plan: Plan) -> None:
+    parameters = program.of_role("parameter")
+    for dim, axis in plan.compute.items():
+        if dim != AXES["data"] and not any(axis in split_by_dims(tensor, plan) for tensor in parameters if dim in tensor.dims):
+            raise PlanError(
+                f"the plan maps {dim!r} to {axis!r}, which splits no parameter of {program.name!r}: this version runs splits of the batch "
+                "and of dims of parameters, and only prices others."
+            )
+
+
+def _shaped(step: Step) -> list[Tensor]:
+    """The arrays of a step's state, of whose dims nothing needs to be known."""
+    owners, arrays = jax.tree.leaves(step.owners), jax.tree.leaves((step.read_fixed(), step.read()))
+    return [Tensor(name=owner.path, shape=array.shape, dims=("",) * array.ndim, role=owner.role) for owner, array in zip(owners, arrays)]
 
 
 @dataclass
@@ -41,9 +88,12 @@ class Pace:
         wanted = min(int(CONTROL_SECONDS / self._last_seconds_per_step), 8 * self._last_steps)
         return max(1, min([wanted, *(stride - self.steps % stride for stride in self.strides)]))
 
+    def count(self, steps: int) -> None:
+        """Tell that the next group, of so many steps, is on its way."""
+        self.steps += steps
+
     def record(self, steps: int, seconds: float) -> None:
         """Tell what the last group took."""
-        self.steps += steps
         self.seconds += seconds
         self._last_steps, self._last_seconds_per_step = steps, max(seconds / steps, 1e-9)
 
@@ -78,13 +128,17 @@ class Progress:
 
     def price(self, arrays: Any) -> Price:
         """Time a few steps on a copy of the state; the model's own state stays as it is."""
-        state = jax.tree.map(lambda array: self._placement.put_state(array.copy()), self._step.read())
+        fixed, state = jax.tree.map(
+            lambda owner, array: self._placement.put_state(owner, array.copy()),
+            self._step.owners,
+            (self._step.read_fixed(), self._step.read()),
+        )
         chunk = self._find(arrays)
         block = self._placement.put_block(arrays)
         steps, seconds = 1, 0.0
         for _ in range(_TRIALS):  # the first also brings memory in; later ones run more steps at once
             started = time.perf_counter()
-            state, tally, _ = chunk([], state, chunk.fresh_tally(), steps, block)
+            state, tally, _ = chunk(fixed, state, chunk.fresh_tally, steps, block)
             jax.block_until_ready((state, tally))
             seconds = (time.perf_counter() - started) / max(1, int(tally.done))
             if seconds > _LONG_SECONDS:
@@ -92,20 +146,46 @@ class Progress:
             steps = max(1, min(chunk.capacity, int(_TRIAL_SECONDS / seconds)))
         return Price(seconds_per_step=seconds, peak_bytes=chunk.peak_bytes)
 
+    def check(self, arrays: Any, shapes: Any, name: str = "") -> Report:
+        """What the program for this block communicates, against what its plan says.
+
+        Args:
+            arrays: the block.
+            shapes: of one batch's arrays.
+            name: of the model.
+        """
+        placement, step = self._placement, self._step
+        if placement.mesh is None:
+            return Report(rows=())
+        program = trace_step(step, step.read(), shapes, fixed=step.read_fixed(), name=name)
+        chunk = self._find(arrays)
+        report = check(read(chunk.text, dict(placement.mesh.shape)), expect(program, placement.plan))
+        memory = compare_memory(planned_bytes=self._planned_bytes(arrays), found_bytes=chunk.argument_bytes)
+        return Report(rows=(*report.rows, memory))
+
+    def _planned_bytes(self, arrays: Any) -> int:
+        """Bytes on one device of the state, and of a block."""
+        placement, step = self._placement, self._step
+        held = step.read_fixed(), step.read()
+        shardings = jax.tree.map(placement.stored, step.owners, held), placement.blocks(arrays)
+        shares = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, (held, arrays), shardings)
+        return sum(jax.tree.leaves(shares))
+
     def enter(self) -> None:
         """Take the state from the model, which a callback may have changed, to the devices."""
         held = self._step.read()
         if self._safeguard:
             self._safeguard.update(held)
         if self._written is None or not _same(held, self._written):
-            self._state = jax.tree.map(self._placement.put_state, _unshared(held))
-            self._fixed = [self._placement.put_state(array) for array in self._step.read_fixed()]
+            self._fixed, self._state = jax.tree.map(
+                self._placement.put_state, self._step.owners, (self._step.read_fixed(), _unshared(held))
+            )
         self._tally = None
 
     def run(self, block: Block) -> Any:
         """Dispatch the steps of a block; gives the predictions, if the step makes any."""
         chunk = self._find(block.arrays)
-        tally = self._tally or chunk.fresh_tally()
+        tally = self._tally or chunk.fresh_tally
         # One batch goes in as it is: a copy costs less than a call that avoids it.
         arrays = block.arrays if chunk.capacity == 1 else self._placement.put_block(block.arrays)
         self._state, self._tally, outputs = chunk(self._fixed, self._state, tally, block.steps, arrays)

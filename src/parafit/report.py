@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLUE, ORANGE = "#3f83d6", "#e0822f"
+_SHADES = (BLUE, ORANGE, "#4fa35a", "#c2566b", "#8b6cc7", "#9a7b4f", "#3aa6a6", "#98a2ae")
 
 _INK = "#010203"  # stands for the page's text colour until the plot is part of the page
 _FIGURE_STYLE = {
@@ -150,6 +151,50 @@ def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str) -> str:
         axes.set(title="Predicted against true", xlabel=f"true {name}", ylabel=f"predicted {name}")
 
     return _figure(draw, (4.6, 4.2))
+
+
+def parts_plot(title: str, bars: Mapping[str, Mapping[str, float]], unit: str, scale: float = 1.0) -> str:
+    """One bar for each name, cut into its parts, as inline SVG; all but the seven largest parts are one."""
+    totals: dict[str, float] = {}
+    for parts in bars.values():
+        for name, value in parts.items():
+            totals[name] = max(totals.get(name, 0.0), value)
+    largest = sorted((name for name in totals if totals[name]), key=lambda name: -totals[name])[:7]
+
+    def draw(axes):
+        ends = np.zeros(len(bars))
+        others = [sum(value for name, value in parts.items() if name not in largest) for parts in bars.values()]
+        pieces = [(name, [parts.get(name, 0.0) for parts in bars.values()]) for name in largest] + [("other", others)]
+        for place, (name, values) in enumerate(pieces):
+            widths = np.array(values) * scale
+            if widths.any():
+                axes.barh(list(bars), widths, left=ends, color=_SHADES[place], label=name, height=0.7)
+            ends += widths
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel=unit)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+    return _figure(draw, (6.2, 1.5 + 0.4 * max(3, len(bars))))
+
+
+def points_plot(title: str, points: Mapping[str, tuple[float, float]], limit: float) -> str:
+    """Named points of (memory in GiB, step in ms), a line through those that nothing beats in both, and its end, as inline SVG."""
+    front = [point for point in sorted(points.values()) if not any(_beats(other, point) for other in points.values())]
+
+    def draw(axes):
+        axes.step(*zip(*front), where="post", color=ORANGE, linewidth=1.2, label="not beaten in both")
+        axes.scatter(*zip(*points.values()), s=24, color=BLUE, zorder=3)
+        for name, point in points.items():
+            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
+        axes.axvline(limit, color=_INK, linewidth=0.8, linestyle=":", label="memory of a device")
+        axes.set(title=title, xlabel="memory, GiB a device", ylabel="step, ms", xscale="log", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+
+    return _figure(draw, (4.6, 3.6))
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
 def shorten(words: str, most: int = 16) -> str:

@@ -140,12 +140,14 @@ def _groups(epoch: Epoch, progress: Progress, pace: Pace, on_begin: Callable[[in
             outputs.append((block.steps, progress.run(block)))
             steps += block.steps
             block = epoch.take(planned - steps) if steps < planned else None
+        pace.count(steps)
+        block = epoch.take_ahead(pace.next_steps())
         tally = progress.rest()
         pace.record(steps, time.perf_counter() - started - (progress.seconds_compiling - compiling))
         last = first + (steps - 1 if tally.healthy else int(tally.done))
         yield Group(first, last, tally.healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])
         first += steps
-        block = epoch.take(pace.next_steps())
+        block = block or epoch.take(pace.next_steps())
 
 
 def _rows(steps: int, outputs: Any) -> Any:

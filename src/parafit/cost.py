@@ -1,0 +1,430 @@
+"""`Cost`: what a plan takes on a machine, in named parts that add up. `price` works it out. Plain Python.
+
+Every operation takes the longer of its arithmetic and its memory traffic (the roofline), plus what starting it costs. Collectives
+follow from the layouts (`shares`) and take alpha-beta times (`collectives`); what runs beside computation is hidden as far as there is
+computation to hide it. A pipeline of p stages, m microbatches and v chunks a stage idles (p - 1) / v microbatches (1F1B, Narayanan et
+al. 2021).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Group, seconds
+from parafit.machine import Machine
+from parafit.memory import Stage, boundary, peak, recomputed
+from parafit.plan import Plan
+from parafit.program import Operation, Program, Tensor
+from parafit.shares import Exchange, Shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """Facts about the framework that runs a program; the default is parafit's own.
+
+    Attributes:
+        precision: of matmuls; "" as the plan has it.
+        overlap_gradients: whether gradients are reduced while the backward pass goes on.
+        overlap_tensor: whether collectives along the tensor axis run beside the product they belong to.
+        prefetch: phases in which the next block's parameters are gathered while this one computes.
+        reduces_whole: gradients are all-reduced even where their slots are split.
+        launch_seconds: what the host takes to launch one operation; it matters where the device is faster.
+        send_split: whether the devices of a tensor axis each send a part of what passes between stages.
+        bucket_bytes: gradients are reduced in buckets of so much; 0: block by block.
+        attention: share of the peak that fused attention reaches, "forward" and "backward", where another version is used.
+        recomputes_all: recomputation runs the whole block again, not only what the backward pass reads.
+        equal_stages: every pipeline stage has as many blocks; else stages are cut where their times are closest.
+        update_passes: how often the optimiser's memory traffic is repeated (1 where it is one fused operation).
+        memory_slack: share of the arrays' bytes that the allocator loses.
+        steps_per_dispatch: steps that one compiled program runs.
+    """
+
+    precision: str = ""
+    overlap_gradients: bool = True
+    overlap_tensor: bool = False
+    prefetch: tuple[str, ...] = ("forward", "backward")
+    reduces_whole: bool = False
+    launch_seconds: float = 0.0
+    send_split: bool = False
+    bucket_bytes: float = 0.0
+    attention: Mapping[str, float] = field(default_factory=dict)
+    recomputes_all: bool = False
+    equal_stages: bool = False
+    update_passes: float = 1.0
+    memory_slack: float = 0.0
+    steps_per_dispatch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one step takes.
+
+    Attributes:
+        times: seconds of the busiest device by part.
+        memory: bytes of the fullest device by part.
+
+    >>> cost = Cost(times={"forward matmul": 0.5, "all-reduce tensor": 0.25}, memory={"parameters": 100.0})
+    >>> cost.seconds, cost.peak_bytes
+    (0.75, 100)
+    >>> print(cost)
+    step    750.000 ms
+      forward matmul          500.000 ms   67 %
+      all-reduce tensor       250.000 ms   33 %
+    memory  0.0 MiB a device
+      parameters                  0.0 MiB 100 %
+    """
+
+    times: Mapping[str, float]
+    memory: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one step: the sum of `times`."""
+        return math.fsum(self.times.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes on one device at any time: the sum of `memory`."""
+        return math.ceil(math.fsum(self.memory.values()))
+
+    def __str__(self):
+        lines = [f"step    {self.seconds * 1e3:.3f} ms", *_rows(self.times, self.seconds, 1e3, "ms ", 3)]
+        return "\n".join(
+            [*lines, f"memory  {self.peak_bytes / 2**20:.1f} MiB a device", *_rows(self.memory, self.peak_bytes, 2**-20, "MiB", 1)]
+        )
+
+
+def _rows(parts: Mapping[str, float], whole: float, scale: float, unit: str, digits: int) -> list[str]:
+    ordered = sorted((part for part in parts.items() if part[1]), key=lambda part: -part[1])
+    return [f"  {name:20} {value * scale:10.{digits}f} {unit} {value / (whole or 1):4.0%}".replace("%", " %") for name, value in ordered]
+
+
+def price(program: Program, plan: Plan, machine: Machine, *, software: Software | None = None) -> Cost:
+    """What a plan takes on a machine.
+
+    Args:
+        program: what one step computes.
+        plan: who does it; its dims must be the program's.
+        machine: what computes.
+        software: what the framework does, where it is not parafit.
+
+    Returns:
+        The `Cost` of one step.
+
+    Raises:
+        PlanError: the plan maps a dim that the program does not have.
+        MachineError: the machine lacks the precision that the plan asks for.
+
+    >>> from parafit.networks import named
+    >>> plan = Plan(axes={"data": 8, "tensor": 8}, compute={"batch": "data", "heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"},
+    ...             microbatches=8, recompute="blocks", precision="bfloat16")
+    >>> cost = price(named("gpt:7.5b", batch=64), plan, Machine.load("a100x8", hosts=8))
+    >>> abs(sum(cost.times.values()) - cost.seconds) < 1e-12
+    True
+    """
+    return _Pricing(program, plan, machine, software or Software()).cost()
+
+
+class _Pricing:
+    """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
+
+    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software):
+        self.program, self.plan, self.machine, self.software = program, plan, machine, software
+        self.shares = Shares(program, plan)
+        self.precision = software.precision or plan.precision
+        self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
+        self.places = _places(program)
+        self.stages = plan.axes.get("pipeline", 1)
+        self.blocks = max((operation.count for operation in program.operations), default=1)
+
+    def cost(self) -> Cost:
+        """All parts together."""
+        parts = {place: self.microbatch(place) for place in ("first", "blocks", "last")}
+        times = self.pipelined(parts)
+        for part in (self.updated(), self.reduced(times), self.gathered(times)):
+            _merge(times, part)
+        times["dispatch"] = self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds
+        times["feed"] = self.feed_seconds()
+        return Cost(times=times, memory=self.memory())
+
+    def microbatch(self, place: str) -> dict[str, float]:
+        """Seconds by part of one microbatch in the operations before the blocks, of one block, or after them."""
+        times: dict[str, float] = {}
+        launched = {"forward": 0.0, "backward": 0.0}
+        seen: set[tuple[str, str, str]] = set()
+        repeats = place == "blocks" and self.plan.recompute == "blocks"
+        needed = recomputed(self.program) if repeats else []
+        for operation, at in zip(self.program.operations, self.places):
+            if at != place or operation.phase == "update":
+                continue
+            share = self.shares.of(operation)
+            part = {f"{operation.phase} {operation.kind}": self.operation_seconds(operation, share) * operation.steps}
+            launches = operation.steps
+            for exchange in share.exchanges:
+                key = (exchange.tensor.name, exchange.axis, operation.phase)
+                if exchange.tensor.role not in ("gradient", "parameter") and (exchange.kind != ALL_GATHER or key not in seen):
+                    seen.add(key)
+                    launches += 1
+                    name = f"{exchange.kind} {exchange.axis}"
+                    part[name] = part.get(name, 0.0) + self.exposed(exchange, sum(part.values()))
+            idle = self.software.launch_seconds * launches - sum(part.values())
+            launched[operation.phase] += idle
+            _merge(times, part)
+            if repeats and operation.phase == "forward" and (self.software.recomputes_all or operation in needed):
+                _merge(times, {name.replace("forward", "recompute"): value for name, value in part.items()})
+                launched["backward"] += idle
+        times["launch"] = sum(max(0.0, idle) for idle in launched.values())
+        return times
+
+    def operation_seconds(self, operation: Operation, share) -> float:
+        """The roofline of one run, or what was measured."""
+        device = self.machine.device
+        if device.curves:
+            return self.measured_seconds(operation, share)
+        return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + device.operation_seconds
+
+    def measured_seconds(self, operation: Operation, share) -> float:
+        """From a calibrated device's table and curves. A parameter is read once a step: it comes from as far as all of the step reaches."""
+        device = self.machine.device
+        if operation.kind == "loop":
+            return device.loop_seconds
+        if operation.kind not in ("matmul", "convolution", "attention"):
+            return device.curve_seconds(operation.kind, share.bytes) + device.operation_seconds
+        weights = [self.program.tensors[name] for name in operation.inputs if operation.steps == 1]
+        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in weights if tensor.role == "parameter")
+        return max(self.arithmetic_seconds(operation, share), self.far_seconds("elementwise", bytes_)) + device.operation_seconds
+
+    def far_seconds(self, kind: str, bytes_: float) -> float:
+        """Seconds to move bytes that were last touched a whole step ago."""
+        reach = max(self.reach_bytes, bytes_)
+        return self.machine.device.curve_seconds(kind, reach) * bytes_ / reach
+
+    @cached_property
+    def reach_bytes(self) -> float:
+        """All that a step touches."""
+        return math.fsum(self.memory().values())
+
+    def feed_seconds(self) -> float:
+        """A batch is copied out of its block; the host gathers the next with one of the cores that the device computes with."""
+        device = self.machine.device
+        if not device.feed_bytes_per_second:
+            return 0.0
+        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in self.program.of_role("input"))
+        copied = device.curve_seconds("slice", 2 * bytes_) if self.software.steps_per_dispatch > 1 else 0.0
+        return bytes_ / device.feed_bytes_per_second / max(1, device.cores) + copied
+
+    def arithmetic_seconds(self, operation: Operation, share) -> float:
+        if operation.kind == "attention":
+            shares = self.software.attention or self.machine.device.attention
+            if shares:
+                return share.flops / (self.machine.device.peak(self.precision) * shares[operation.phase] * _head_share(share.shape))
+        if operation.kind == "convolution" and self.machine.device.curves:
+            result = self.program.tensors[operation.outputs[0]]
+            name = "correlation" if result.role == "gradient" else "convolution"
+            return self.machine.device.matmul_seconds(self.precision, _product_of(result, share.flops), name)
+        if operation.kind in ("matmul", "convolution") and share.shape:
+            return self.machine.device.matmul_seconds(self.precision, share.shape)
+        if operation.kind in ("matmul", "convolution", "attention"):
+            best = self.machine.device.matmul.best.get(self.precision, 1.0)
+            return share.flops / (self.machine.device.peak(self.precision) * best)
+        return 0.0
+
+    def exposed(self, exchange: Exchange, beside: float) -> float:
+        """Seconds of a collective that nothing hides."""
+        taken = seconds(exchange.kind, exchange.bytes, self.shares.group(exchange.axis), self.machine)
+        if exchange.axis == "tensor" and self.software.overlap_tensor:
+            return max(0.0, taken - beside)
+        return taken
+
+    def pipelined(self, parts: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Seconds of all microbatches on the busiest stage, what it sends, and the time it waits."""
+        count = self.plan.microbatches
+        stages = self.stage_times(parts)
+        busiest = max(stages, key=lambda times: sum(times.values()))
+        times = {name: value * count for name, value in busiest.items()}
+        if self.stages > 1:
+            longest = sum(busiest.values())
+            sends = 2 * self.plan.interleave * self.send_seconds()
+            rest = sum(parts["first"].values()) + sum(parts["last"].values()) + self.blocks * sum(parts["blocks"].values()) - longest
+            times["send pipeline"] = sends * count
+            times["bubble"] = (max(0.0, rest) + sends * (self.stages - 1)) / self.plan.interleave
+        return times
+
+    def stage_times(self, parts: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+        """Seconds by part of one microbatch on the first, a middle and the last stage."""
+        totals = {place: sum(times.values()) for place, times in parts.items()}
+        if self.stages == 1:
+            return [_merge(_merge(_times(parts["blocks"], self.blocks), parts["first"]), parts["last"])]
+        first, middle, last = self.cut(totals)
+        ends = [_merge(_times(parts["blocks"], count), parts[place]) for place, count in (("first", first), ("last", last))]
+        return [*ends, _times(parts["blocks"], middle)]
+
+    def cut(self, totals: Mapping[str, float]) -> tuple[int, int, int]:
+        """Blocks of the first, of the fullest middle and of the last stage, so that the slowest is as quick as can be."""
+        each = math.ceil(self.blocks / self.stages)
+        if self.software.equal_stages:
+            return each, each, each
+        choices = []
+        for first in range(each + 1):
+            for last in range(each + 1):
+                rest = self.blocks - first - last
+                middle = math.ceil(rest / (self.stages - 2)) if self.stages > 2 else 0
+                if self.stages > 2 or not rest:
+                    slowest = max(
+                        totals["first"] + first * totals["blocks"], middle * totals["blocks"], totals["last"] + last * totals["blocks"]
+                    )
+                    choices.append((slowest, first, middle, last))
+        return min(choices)[1:]
+
+    def send_seconds(self) -> float:
+        """One activation from one stage to the next."""
+        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
+        tensor = self.plan.axes.get("tensor", 1)
+        if self.software.send_split and not any(self.plan.compute.get(dim) == "tensor" for dim in ("sequence",)):
+            bytes_ /= tensor
+        group = self.shares.group("pipeline")
+        return seconds(SEND, bytes_, group, self.machine)
+
+    def updated(self) -> dict[str, float]:
+        """The optimiser's pass over the state of the fullest stage."""
+        total = 0.0
+        for operation in self.program.operations:
+            if operation.phase == "update":
+                share = self.shares.of(operation)
+                slots = [self.program.tensors[name] for name in operation.inputs if self.program.tensors[name].role == "slot"]
+                split = min((self.shares.stored_bytes(slot) / self.shares.local_bytes(slot) for slot in slots), default=1.0)
+                bytes_ = share.bytes * split * self.software.update_passes
+                far = self.far_seconds("update", bytes_) if self.machine.device.curves else bytes_ / self.rate
+                once = far + self.machine.device.operation_seconds
+                total += once * self.copies(operation.count)
+        return {"update": total}
+
+    def copies(self, count: int) -> int:
+        return math.ceil(count / self.stages) if count > 1 else 1
+
+    def reduced(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Gradients that are partial sums, reduced over the axes that split what they sum over; hidden behind the backward pass."""
+        sums: dict[str, float] = {}
+        for operation, place in zip(self.program.operations, self.places):
+            if operation.phase == "backward" and (place != "first" or self.stages == 1):
+                for exchange in self.shares.of(operation).exchanges:
+                    if exchange.tensor.role == "gradient":
+                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + exchange.bytes * self.copies(operation.count)
+        return {f"gradients {axis}": self.gradient_seconds(axis, bytes_, times) for axis, bytes_ in sums.items()}
+
+    def gradient_seconds(self, axis: str, bytes_: float, times: Mapping[str, float]) -> float:
+        """Exposed seconds of reducing all gradients along an axis."""
+        each_time = self.plan.zero_stage >= 2 and axis == "data"
+        rounds = self.plan.microbatches if each_time else 1
+        buckets = max(1, math.ceil(bytes_ / self.software.bucket_bytes)) if self.software.bucket_bytes else self.copies(self.blocks)
+        one = self.state_seconds(axis, bytes_ / buckets)
+        if self.software.overlap_gradients and axis == "data":
+            beside = _sum(times, "backward") / self.plan.microbatches * rounds
+            return self.hidden(one * buckets * rounds, one * rounds, beside * (1 - 1 / buckets), axis)
+        return one * buckets * rounds
+
+    def state_seconds(self, axis: str, bytes_: float) -> float:
+        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them."""
+        group = self.shares.group(axis)
+        if axis not in self.plan.store.values() or self.software.reduces_whole:
+            return seconds(ALL_REDUCE, bytes_, group, self.machine)
+        shards = self.shares.shards(axis)
+        across = Group(group.size // shards, group.stride * shards)
+        scattered = seconds(REDUCE_SCATTER, bytes_, Group(shards, group.stride), self.machine)
+        return scattered + seconds(ALL_REDUCE, bytes_ / shards, across, self.machine)
+
+    def gathered(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Parameters that rest split: gathered after the update (ZeRO 1 and 2), or before each use (ZeRO 3)."""
+        axis = self.plan.store.get("slot")
+        if not axis:
+            return {}
+        parameters = [tensor for tensor in self.program.of_role("parameter") if not self.shares.split(tensor.dims, axis)]
+        bytes_ = sum(self.shares.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
+        blocks = self.copies(self.blocks)
+        group = Group(self.shares.shards(axis), self.shares.group(axis).stride)
+        one = seconds(ALL_GATHER, bytes_ / blocks, group, self.machine)
+        if self.plan.zero_stage < 3:
+            return {f"parameters {axis}": one * blocks}
+        return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
+
+    def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
+        count = self.plan.microbatches
+        whole = one * blocks * count
+        return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
+
+    def hidden(self, taken: float, least: float, beside: float, axis: str) -> float:
+        """What is left of a collective that runs beside computation: its first or last part, what outlasts the computation, and the
+        processor time that it takes from it."""
+        inside, hosts = self.shares.group(axis).split(self.machine.devices_per_host)
+        share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))
+        left = max(least, taken - beside)
+        return left + (taken - left) * share
+
+    def memory(self) -> dict[str, float]:
+        """Bytes by part of the fullest stage."""
+        found = [peak(self.program, self.shares, stage, reserved_bytes=self.machine.device.context_bytes) for stage in self.stage_parts()]
+        parts = max(found, key=lambda part: sum(part.values()))
+        parts["communication"] = self.buffer_bytes()
+        parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
+        return parts
+
+    def stage_parts(self) -> list[Stage]:
+        operations = [operation for operation in self.program.operations if operation.phase != "update"]
+        if self.stages == 1:
+            return [Stage(operations=operations, block_share=1.0, in_flight=1)]
+        placed = [(operation, place) for operation, place in zip(self.program.operations, self.places) if operation.phase != "update"]
+        ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
+        most = min(self.plan.microbatches, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
+        flying = (most, 1)
+        return [Stage(operations=part, block_share=1 / self.stages, in_flight=count) for part, count in zip(ends, flying)]
+
+    def buffer_bytes(self) -> float:
+        """Blocks of parameters gathered ahead, and one block's gradients before they are scattered (ZeRO 3)."""
+        if self.plan.zero_stage < 3:
+            return 0.0
+        block = [tensor for tensor in self.program.of_role("parameter") if tensor.count > 1 or self.blocks == 1]
+        gathered = sum(self.shares.local_bytes(tensor) for tensor in block)
+        return (3 if self.software.prefetch else 2) * gathered
+
+
+def _product_of(result: Tensor, flops: float) -> tuple[float, ...]:
+    """The product of matrices, (1, rows, inner, columns), that a convolution stands for, channels last."""
+    columns = result.shape[-1]
+    return 1, result.size // columns, max(1.0, flops / 2 / result.size), columns
+
+
+def _head_share(shape: tuple[float, ...]) -> float:
+    """Fused attention against heads of 128: each score costs its products and about as much as 32 more for the exponential.
+
+    FlashAttention-2 on A100 (Dao 2023, figure 5): 190 TFLOP/s for heads of 64, 225 for 128.
+    """
+    head = shape[2] if shape else 128
+    return head / (head + 32) / 0.8
+
+
+def _places(program: Program) -> list[str]:
+    """Where each operation is: before the blocks, in one, or after them (in the backward pass the other way round)."""
+    places, passed, phase = [], False, ""
+    for operation in program.operations:
+        if operation.phase != phase:
+            passed, phase = False, operation.phase
+        passed = passed or operation.count > 1
+        after, before = ("last", "first") if phase == "forward" else ("first", "last")
+        places.append("blocks" if operation.count > 1 else after if passed else before)
+    return places
+
+
+def _times(times: Mapping[str, float], count: int) -> dict[str, float]:
+    return {name: value * count for name, value in times.items()}
+
+
+def _merge(times: dict[str, float], part: Mapping[str, float]) -> dict[str, float]:
+    for name, value in part.items():
+        times[name] = times.get(name, 0.0) + value
+    return times
+
+
+def _sum(times: Mapping[str, float], phase: str) -> float:
+    words = ("backward", "recompute") if phase == "backward" else (phase,)
+    return sum(value for name, value in times.items() if name.startswith(words))

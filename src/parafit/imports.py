@@ -1,0 +1,27 @@
+"""What makes importing Keras faster."""
+
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import LazyLoader
+
+_DEFERRED = {f"{package}.{part}" for package in ("keras", "keras.src", "keras._tf_keras.keras") for part in ("visualization", "wrappers")}
+
+
+def defer_slow_parts_of_keras() -> None:
+    """Let Keras load its plotting and its scikit-learn wrappers when they are first used.
+
+    Keras 3.15 imports both packages whole when it is imported, and with them matplotlib, scikit-learn and SciPy's statistics, where
+    these are installed, as parafit's are: half of the time that `import keras` takes. Does nothing if Keras is imported already.
+    """
+    if "keras" not in sys.modules and not any(isinstance(finder, _Deferring) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Deferring())
+
+
+class _Deferring:
+    """A finder that gives the deferred packages the standard library's lazy loader."""
+
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name in _DEFERRED else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec

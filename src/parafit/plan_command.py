@@ -1,0 +1,169 @@
+"""`parafit plan` and `parafit machine`: what a plan would take, and what a machine's numbers are, on the terminal and as a page."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parafit.compare import explain
+from parafit.errors import MachineError, ModelError, OutputError
+from parafit.machine import Machine
+from parafit.networks import FAMILIES
+from parafit.planner import find_plan, this_machine
+from parafit.ranking import Ranking
+from parafit.report import Section, code, page, parts_plot, points_plot, table
+
+
+def plan_text(
+    model: str,
+    *,
+    batch_size: int,
+    machine: str | None = None,
+    hosts: int | None = None,
+    network: str | None = None,
+    goal: str = "time",
+    max_gib: float | None = None,
+    allow: str | None = None,
+    instead: str | None = None,
+    sizes: tuple[int, int] | None = None,
+    out: Path | None = None,
+    report: Path | None = None,
+) -> str:
+    """Find a plan, write the files that were asked for, and give the text to print.
+
+    Args:
+        model: a network such as "gpt:39b", or the path of a .keras or .py file.
+        batch_size: rows of one step over all devices together.
+        machine: a preset, or the path of a machine's JSON file; None: this machine.
+        hosts: how many of them.
+        network: bandwidth between them for each device.
+        goal: what to minimise.
+        max_gib: memory that a device may use.
+        allow: techniques that may be used, separated by commas.
+        instead: a plan to compare with.
+        sizes: numbers of inputs and outputs that a .py file's `build_model` is called with.
+        out: the plan's JSON file to write.
+        report: the page to write.
+    """
+    if machine is None and (hosts is not None or network is not None):
+        raise MachineError("--hosts and --network describe a machine that is not here: name it with --machine, such as --machine h100x8.")
+    where = Machine.load(machine, hosts=hosts, network=network) if machine else None
+    bytes_ = None if max_gib is None else max_gib * 2**30
+    names = None if allow is None else [name.strip() for name in allow.split(",")]
+    wanted = load_model(model, sizes)
+    plan = find_plan(wanted, batch_size=batch_size, machine=where, goal=goal, max_bytes=bytes_, allow=names)
+    pieces = [str(plan)] + ([explain(plan, instead)] if instead else [])
+    if out:
+        _write(out, plan.to_json() + "\n")
+        pieces.append(f"written  {out}")
+    if report:
+        _write(report, plan_page(plan.ranking, instead))
+        pieces.append(f"written  {report}")
+    return "\n\n".join(pieces)
+
+
+def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
+    """A network's name as it is; a file's Keras model, compiled.
+
+    Raises:
+        ModelError: no such file, or what is in it is no model.
+    """
+    if model.partition(":")[0] in FAMILIES and not Path(model).exists():
+        return model
+    from parafit.tables import network
+
+    path = network.check_model_file(model)
+    if path.suffix == ".keras":
+        loaded = network.load_keras_file(path)
+    elif sizes is None:
+        raise ModelError(f"build_model in {str(path)!r} wants the numbers of inputs and outputs: give them with --sizes INPUTS OUTPUTS.")
+    else:
+        loaded = network._call_build_model(path, *sizes)
+    if not loaded.compiled:
+        loaded.compile("adam", "mse")
+    return loaded
+
+
+def plan_page(ranking: Ranking, instead: str | None = None) -> str:
+    """A ranking as one self-contained HTML page: the plan, and plots of time and memory over its rivals.
+
+    >>> from parafit.networks import named
+    >>> from parafit.search import search
+    >>> "<svg" in plan_page(search(named("gpt:125m", batch=16), Machine.load("h100x8")))
+    True
+    """
+    choices = {f"{place}": choice for place, choice in enumerate((ranking.best, *ranking.others), 1)}
+    rows = [
+        [name, choice.plan.short(), choice.cost.seconds * 1e3, choice.cost.peak_bytes / 2**30, choice.reason]
+        for name, choice in choices.items()
+    ]
+    fitting = {name: choice for name, choice in choices.items() if choice.cost.peak_bytes <= ranking.limit_bytes}
+    figures = [
+        parts_plot("Time of a step", {name: choice.cost.times for name, choice in fitting.items()}, "milliseconds", 1e3),
+        parts_plot("Memory of the fullest device", {name: choice.cost.memory for name, choice in fitting.items()}, "GiB", 2**-30),
+        points_plot("Time against memory", {name: _point(choice.cost) for name, choice in choices.items()}, ranking.limit_bytes / 2**30),
+    ]
+    sections = [
+        Section(heading="Plan", pieces=[code(str(ranking.plan))]),
+        Section(heading="Beside it", pieces=[*figures, table(["", "plan", "step, ms", "memory, GiB", "why not"], rows)]),
+    ]
+    if instead:
+        sections.append(Section(heading=f"Instead: {instead}", pieces=[code(explain(ranking.plan, instead))]))
+    return page(
+        f"{ranking.program.name}: {ranking.plan.short()}", f"on {ranking.machine.device_count} devices of {ranking.machine.name}", sections
+    )
+
+
+def machine_text(name: str | None, *, hosts: int | None = None, network: str | None = None, calibrate: bool = False) -> str:
+    """A machine's numbers, each with its source.
+
+    Args:
+        name: a preset, or the path of a machine's JSON file; None: this machine.
+        hosts: how many of them.
+        network: bandwidth between them for each device.
+        calibrate: measure this machine first.
+    """
+    if name is None:
+        if hosts is not None or network is not None:
+            raise MachineError("--hosts and --network go with the name of a machine, such as: parafit machine h100x8 --hosts 4.")
+        machine = _calibrated() if calibrate else this_machine()
+    elif calibrate:
+        raise MachineError(f"only the machine that this runs on can be calibrated, not {name!r}: leave the name out.")
+    else:
+        machine = Machine.load(name, hosts=hosts, network=network)
+    rows = list(_numbers(machine))
+    width = max(len(path) for path, _, _ in rows)
+    amounts = max(len(amount) for _, amount, _ in rows)
+    return "\n".join([machine.name, *(f"  {path:{width}}  {amount:>{amounts}}  {source}" for path, amount, source in rows)])
+
+
+def _point(cost) -> tuple[float, float]:
+    return cost.peak_bytes / 2**30, cost.seconds * 1e3
+
+
+def _calibrated() -> Machine:
+    from parafit import calibrate
+
+    return calibrate.calibrate()
+
+
+def _numbers(machine: Machine) -> Iterator[tuple[str, str, str]]:
+    """Place, value and source of every number that has one or is not 0."""
+    import json
+
+    def walk(content: Any, path: str) -> Iterator[tuple[str, str, str]]:
+        if isinstance(content, dict) and set(content) == {"value", "source"}:
+            value = content["value"]
+            if content["source"] != "default" or value not in (0, 1, [], {}):
+                yield path, f"{len(value)} rows" if isinstance(value, list) else f"{value:,.5g}", content["source"]
+        elif isinstance(content, dict):
+            for name, part in content.items():
+                yield from walk(part, f"{path}.{name}".lstrip("."))
+
+    yield from walk({name: part for name, part in json.loads(machine.to_json()).items() if name != "format"}, "")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}. Choose a place that can be written to.") from error

@@ -1,0 +1,171 @@
+"""`find_plan`: where a model, a machine and the search meet."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from parafit.candidates import SAME_NUMBERS
+from parafit.errors import ModelError
+from parafit.machine import Machine
+from parafit.networks import named
+from parafit.plan import Plan
+from parafit.program import Program
+from parafit.search import search
+
+RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute"})
+"""The techniques that this version runs; it prices others."""
+
+_WHOLE_STEP = frozenset({"microbatches", "recompute"})  # need a step that can be taken apart
+
+
+def find_plan(
+    model: Any,
+    x: Any = None,
+    y: Any = None,
+    *,
+    batch_size: int | None = None,
+    machine: Machine | str | None = None,
+    goal: str = "time",
+    max_bytes: float | None = None,
+    allow: Iterable[str] | None = None,
+) -> Plan:
+    """The best plan to train a model with.
+
+    `print(plan)` shows its price and the runners-up; `explain(plan, instead="data=8")` says why it beats another.
+
+    Args:
+        model: a compiled `keras.Model`; the name of a network such as "gpt:39b"; or a `Program`.
+        x: inputs as `fit` takes them, or the shape of one row of them; None: what the model says.
+        y: targets as `fit` takes them; None: what the model's outputs and loss ask for.
+        batch_size: rows of one step over all devices together; 32 for a Keras model if not given.
+        machine: a `Machine`, or the name of a preset such as "h100x8"; None: the machine that this runs on.
+        goal: "time", "memory" or "cost", as in `search`.
+        max_bytes: what a device may hold; default: its memory.
+        allow: techniques that may be used, as in `search`; default: for this machine those that parafit runs, for another all
+            that leave the numbers as they are.
+
+    Returns:
+        The plan; its `ranking` holds the price and what else was considered.
+
+    Raises:
+        ModelError: a model that is not compiled or cannot be traced, or a network that parafit does not know.
+        MachineError: no such preset.
+        PlanError: an unknown goal or technique, or no plan fits into memory.
+
+    >>> plan = find_plan("gpt:1.3b", batch_size=64, machine="h100x8")
+    >>> plan.device_count
+    8
+    """
+    program, refused = _program(model, x, y, batch_size)
+    if allow is None:
+        allow = (RUNS if machine is None else SAME_NUMBERS) - refused
+    if machine is None:
+        machine = this_machine()
+    elif isinstance(machine, str):
+        machine = Machine.load(machine)
+    return search(program, machine, goal=goal, max_bytes=max_bytes, allow=allow).plan
+
+
+def this_machine() -> Machine:
+    """The machine that this runs on, as plans may use it: simulated devices of one processor share its cores, so they count as one.
+
+    >>> this_machine().device_count >= 1
+    True
+    """
+    import jax
+
+    from parafit import calibrate
+
+    machine = calibrate.here()
+    return replace(machine, devices_per_host=1) if jax.default_backend() == "cpu" else machine
+
+
+def _program(model: Any, x: Any, y: Any, batch_size: int | None) -> tuple[Program, frozenset[str]]:
+    """What is to be planned, and the techniques that this model cannot run."""
+    if isinstance(model, Program):
+        return model, frozenset()
+    if isinstance(model, str):
+        if batch_size is None:
+            raise ModelError(f"network {model!r} needs batch_size=: the rows of one step over all devices together.")
+        return named(model, batch=batch_size), frozenset()
+    return keras_program(model, x, y, batch_size=batch_size)
+
+
+def keras_program(model: Any, x: Any = None, y: Any = None, *, batch_size: int | None = None) -> tuple[Program, frozenset[str]]:
+    """The program of a compiled Keras model's training step, and the techniques that this model cannot run.
+
+    Args and errors are those of `find_plan`.
+    """
+    import jax
+
+    from parafit.adapt import KerasModel
+    from parafit.data import Feed
+    from parafit.trace import trace_step
+
+    adapter = KerasModel(model, "fit")
+    rows = batch_size or 32
+    if x is None or _is_shape(x):
+        x, y = _example(model, x)
+        feed = Feed(x, y, batch_size=2)
+        adapter.build(feed.example)
+        shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype), feed.shapes())
+    else:
+        feed = Feed(x, y, batch_size=batch_size)
+        adapter.build(feed.example)
+        shapes = feed.shapes()
+    step = adapter.train_step()
+    program = trace_step(step, step.read(), shapes, fixed=step.read_fixed(), name=model.name)
+    if step.parts is None:
+        return program, _WHOLE_STEP
+    return replace(program, couples_batch=program.couples_batch or step.parts.couples), frozenset()
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+
+
+def _example(model: Any, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
+    """Two rows of zeros, as inputs and targets."""
+    import jax
+    import numpy as np
+
+    if shape is not None:
+        if not model.built:
+            model.build((None, *shape))
+        x = np.zeros((2, *shape), "float32")
+    elif getattr(model, "inputs", None):
+        inputs = _input_structure(model)
+        _check_known(model, inputs)
+        x = jax.tree.map(lambda spec: np.zeros((2, *spec.shape[1:]), spec.dtype), inputs)
+    else:
+        raise ModelError(
+            f"model {model.name!r} does not say what it reads: pass the shape of one row of x such as (784,), or x and y themselves."
+        )
+    outputs = model.compute_output_shape(jax.tree.map(np.shape, x, is_leaf=lambda part: isinstance(part, np.ndarray)))
+    return x, _targets(outputs, model.loss)
+
+
+def _input_structure(model: Any) -> Any:
+    structure = getattr(model, "_inputs_struct", model.inputs)
+    return structure if isinstance(structure, dict) else model.inputs if len(model.inputs) > 1 else model.inputs[0]
+
+
+def _check_known(model: Any, inputs: Any) -> None:
+    for spec in inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, list) else [inputs]:
+        if None in spec.shape[1:]:
+            raise ModelError(
+                f"model {model.name!r} reads rows of any length {tuple(spec.shape)}: pass the shape of one row of x, or x and y themselves."
+            )
+
+
+def _targets(outputs: Any, loss: Any) -> Any:
+    """Zeros in the form that a loss wants for outputs of these shapes."""
+    import numpy as np
+
+    if isinstance(outputs, dict):
+        return {name: _targets(shape, loss[name] if isinstance(loss, dict) else loss) for name, shape in outputs.items()}
+    if isinstance(outputs, list):
+        losses = loss if isinstance(loss, (list, tuple)) else [loss] * len(outputs)
+        return [_targets(shape, each) for shape, each in zip(outputs, losses)]
+    sparse = "sparse" in (loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", "")))
+    return np.zeros((2, *outputs[1:-1]), "int32") if sparse else np.zeros((2, *outputs[1:]), "float32")

@@ -1,0 +1,272 @@
+"""Probes: what `calibrate` times. Each is one kind of operation in a compiled loop, as parafit runs steps, after the same rewriting."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from parafit.rewrite import rewrite
+
+_BURST_SECONDS = 4e-3
+
+
+@dataclass(eq=False, kw_only=True)
+class Probe:
+    """Something to time.
+
+    Attributes:
+        part: which number it is for: "curve", "matmul" or "chain".
+        kind: of operation, or precision.
+        size: bytes of one run, a matmul's (rows, inner, columns), or a chain's length.
+        body: one turn of the loop: carry to carry.
+        carry: what the loop starts with.
+        runs: operations in one turn.
+        samples: seconds of one run, each over a few milliseconds.
+        turns: of the loop, the next time.
+    """
+
+    part: str
+    kind: str
+    size: Any
+    body: Callable
+    carry: Any
+    runs: int = 1
+    turns: int = 1
+    samples: list[float] = field(default_factory=list)
+    _loop: Any = field(default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Of one run: the median, which is what training meets; the fastest moments of a busy machine do not last."""
+        return statistics.median(self.samples) if self.samples else math.inf
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s of a product."""
+        return 2 * math.prod(self.size) / self.seconds
+
+    def compile(self) -> None:
+        """Make the loop."""
+        body = rewrite(self.body)
+
+        def loop(carry, count):
+            return lax.fori_loop(0, count, lambda _, carry: body(carry), carry)
+
+        with jax.enable_x64(self.kind == "float64"):  # whatever this process computes in
+            self.carry = jax.device_put(self.carry)
+            self._loop = jax.jit(loop, donate_argnums=0).lower(self.carry, np.int32(1)).compile()
+
+    def time(self) -> None:
+        """Run the loop for a few milliseconds."""
+        started = time.perf_counter()
+        self.carry = jax.block_until_ready(self._loop(self.carry, np.int32(self.turns)))
+        taken = time.perf_counter() - started
+        if self.turns > 1 or taken > _BURST_SECONDS / 2:
+            self.samples.append(taken / self.turns / self.runs)
+        if taken < _BURST_SECONDS / 2:
+            self.turns = math.ceil(self.turns * min(100.0, _BURST_SECONDS / taken))
+
+
+def probes() -> Iterable[Probe]:
+    """All probes, the most telling first: a calibration takes at least the chains, one product and one curve."""
+    yield from (_chain(32), _chain(128), _matmul("float32", 256, 256, 256))
+    for exponent in (10, 14, 17, 20, 22, 24, 25, 26):
+        yield from (_elementwise(2**exponent), _update(2**exponent))
+    for rows, inner, columns in itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024)):
+        if rows * inner * columns < 2**30 and (rows, inner, columns) != (256, 256, 256):
+            yield _matmul("float32", rows, inner, columns)
+    for precision, side in itertools.product(("float64", "bfloat16"), (64, 256)):
+        yield _matmul(precision, side, side, side)
+    for exponent in (10, 15, 19, 23):
+        yield from (*_reductions(2**exponent), _move(2**exponent), _slice(2**exponent))
+    for images in ((32, 16, 1, 32), (16, 32, 3, 8), (32, 16, 8, 16), (32, 16, 16, 32), (32, 16, 32, 32), (32, 8, 64, 64)):
+        yield from _convolutions(*images)
+    for shape in ((32, 16, 32), (64, 16, 64), (64, 64, 16), (128, 16, 128), (128, 128, 32)):
+        yield _batched("float32", *shape)
+    for exponent in (12, 17, 22):
+        yield from (_random(2**exponent), _gather(2**exponent), _scatter(2**exponent), _sort(2**exponent))
+
+
+def _numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.full(shape, 0.5, jnp.dtype(dtype))
+
+
+def _chain(length: int) -> Probe:
+    """So many small operations, each on the result of the one before: XLA runs a long program otherwise than a short one."""
+    x = _numbers(32, 64)
+
+    def body(carry):
+        for _ in range(length):
+            carry = _apart(carry * 0.5 + 0.1)
+        return carry
+
+    return Probe(part="chain", kind="operation", size=length, body=body, carry=x, runs=1)
+
+
+def _rows(bytes_: float) -> int:
+    """Rows of 64 float32 numbers."""
+    return max(1, int(bytes_) // 256)
+
+
+_apart = lax.optimization_barrier
+
+
+def _elementwise(bytes_: int) -> Probe:
+    """x ← a x + y: reads two arrays, writes one."""
+    x = _numbers(_rows(bytes_ / 3), 64)
+    return Probe(part="curve", kind="elementwise", size=3 * x.nbytes, body=lambda c: _apart((c[0] * 0.5 + c[1], c[1])), carry=(x, x + 1))
+
+
+def _update(bytes_: int) -> Probe:
+    """Adam's update (Kingma, Ba 2015): two slots and the parameter, three operations of ten arrays read or written."""
+    x = _numbers(_rows(bytes_ / 10), 64)
+
+    def body(carry):
+        gradient, mean, square, weight = carry
+        mean, square = mean + (gradient - mean) * 0.1, square + (gradient * gradient - square) * 0.001
+        return _apart((gradient, mean, square, weight - mean * 0.001 / (jnp.sqrt(square) + 1e-7)))
+
+    return Probe(part="curve", kind="update", size=10 * x.nbytes, body=body, carry=(x, x + 1, x + 2, x + 3))
+
+
+def _reductions(bytes_: int) -> Iterable[Probe]:
+    """Sums over rows and over columns; the first result goes back into the array, so that no run can be left out."""
+    x = _numbers(_rows(bytes_), 64)
+    for axis in (0, 1):
+
+        def body(carry, axis=axis):
+            total = _apart(carry[0].sum(axis))
+            return _apart((lax.dynamic_update_slice(carry[0], total[:1, None] * 0.0, (0, 0)),))
+
+        yield Probe(part="curve", kind=f"reduction {axis}", size=x.nbytes, body=body, carry=(x,))
+
+
+def _move(bytes_: int) -> Probe:
+    """A transposed copy."""
+    side = max(4, int(math.sqrt(bytes_ / 8)))
+    x = _numbers(side, side)
+    return Probe(part="curve", kind="move", size=2 * x.nbytes, body=lambda c: (_apart(_apart(c[0].T) * 1.0),), carry=(x,))
+
+
+def _slice(bytes_: int) -> Probe:
+    """One batch of a block of eight."""
+    x = _numbers(8, _rows(bytes_ / 2), 64)
+
+    def body(carry):
+        block, index, _ = carry
+        return _apart((block, (index + 1) % 8, _apart(lax.dynamic_index_in_dim(block, index, keepdims=False))))
+
+    return Probe(part="curve", kind="slice", size=2 * x[0].nbytes, body=body, carry=(x, np.int32(0), x[0]))
+
+
+def _random(bytes_: int) -> Probe:
+    rows = _rows(bytes_)
+
+    def body(carry):
+        key, _ = carry
+        key = jax.random.fold_in(key, 1)
+        return _apart((key, jax.random.bits(key, (rows, 64))))
+
+    return Probe(part="curve", kind="random", size=rows * 256, body=body, carry=(jax.random.key(0), np.zeros((rows, 64), np.uint32)))
+
+
+def _places(rows: int, of: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, of, rows, dtype=np.int32)
+
+
+def _gather(bytes_: int) -> Probe:
+    """Rows of 64 numbers, taken from four times as many."""
+    rows = _rows(bytes_ / 2)
+
+    def body(carry):
+        table, places, taken = carry
+        taken = _apart(jnp.take(table, places, axis=0, mode="clip"))
+        return _apart((table, places + taken[0, 0].astype(jnp.int32), taken))
+
+    carry = (np.zeros((4 * rows, 64), np.float32), _places(rows, 4 * rows), _numbers(rows, 64))
+    return Probe(part="curve", kind="gather", size=2 * rows * 256 + 4 * rows, body=body, carry=carry)
+
+
+def _scatter(bytes_: int) -> Probe:
+    """Rows of 64 numbers, added to rows of four times as many."""
+    rows = _rows(bytes_ / 3)
+
+    def body(carry):
+        table, places, given = carry
+        return _apart((table.at[places].add(given), places, given))
+
+    carry = (np.zeros((4 * rows, 64), np.float32), _places(rows, 4 * rows), _numbers(rows, 64))
+    return Probe(part="curve", kind="scatter", size=3 * rows * 256 + 4 * rows, body=body, carry=carry)
+
+
+def _sort(bytes_: int) -> Probe:
+    x = np.random.default_rng(0).random((_rows(bytes_ / 2), 64), np.float32)
+    return Probe(part="curve", kind="sort", size=2 * x.nbytes, body=lambda c: _apart((lax.sort(c[0] * -1.0),)), carry=(x,))
+
+
+_LAYOUTS = ((((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ())))
+
+
+def _matmul(precision: str, rows: int, inner: int, columns: int) -> Probe:
+    """A product in the three layouts of a dense layer's training: forward, gradient of the input, gradient of the kernel."""
+    shapes = (((rows, inner), (inner, columns)), ((rows, inner), (columns, inner)), ((inner, rows), (inner, columns)))
+
+    def body(carry):
+        operands, result = carry
+        new = []
+        for (left, right), numbers in zip(operands, _LAYOUTS):
+            result = _apart(lax.dot_general(left, right, numbers))
+            new.append((lax.dynamic_update_slice(left, result[:1, :1], (0, 0)), right))
+        return _apart((tuple(new), result))
+
+    carry = tuple(tuple(_numbers(*shape, dtype=precision) for shape in pair) for pair in shapes), _numbers(rows, columns, dtype=precision)
+    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=carry, runs=3)
+
+
+def _batched(precision: str, rows: int, inner: int, columns: int) -> Probe:
+    """Sixty-four small products at once, as the heads of attention have them."""
+    count = 64
+
+    def body(carry):
+        left, right, result = carry
+        result = _apart(jnp.einsum("bij,bkj->bik", left, right))
+        return _apart((lax.dynamic_update_slice(left, result[:1, :1, :1], (0, 0, 0)), right, result))
+
+    carry = _numbers(count, rows, inner), _numbers(count, columns, inner), _numbers(count, rows, columns)
+    return Probe(part="matmul", kind=f"{precision} batched", size=(rows, inner, columns), body=body, carry=carry, runs=count)
+
+
+def _convolutions(count: int, side: int, channels: int, filters: int) -> Iterable[Probe]:
+    """A convolution by windows of 3 × 3 and its two gradients, by the products of matrices that they stand for."""
+    images, kernel, result = _numbers(count, side, side, channels), _numbers(3, 3, channels, filters), _numbers(count, side, side, filters)
+
+    def convolve(images, kernel):
+        return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def forward(carry):
+        images, kernel, _ = carry
+        result = _apart(convolve(images, kernel))
+        return _apart((lax.dynamic_update_slice(images, result[:1, :1, :1, :1], (0, 0, 0, 0)), kernel, result))
+
+    def image_gradient(carry):
+        images, kernel, result = carry
+        images = _apart(jax.vjp(lambda images: convolve(images, kernel), images)[1](result)[0])
+        return _apart((images, kernel, lax.dynamic_update_slice(result, images[:1, :1, :1, :1], (0, 0, 0, 0))))
+
+    def kernel_gradient(carry):
+        images, kernel, result = carry
+        kernel = _apart(jax.vjp(lambda kernel: convolve(images, kernel), kernel)[1](result)[0])
+        return _apart((images, kernel, lax.dynamic_update_slice(result, kernel[:1, :1, :1, :1], (0, 0, 0, 0))))
+
+    places = count * side * side
+    shapes = (places, 9 * channels, filters), (places, 9 * filters, channels), (9 * channels, places, filters)
+    for body, shape, kind in zip((forward, image_gradient, kernel_gradient), shapes, ("convolution", "convolution", "correlation")):
+        yield Probe(part="matmul", kind=f"float32 {kind}", size=shape, body=body, carry=(images, kernel, result))

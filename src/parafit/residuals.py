@@ -1,0 +1,121 @@
+"""Residuals: what fits were predicted to take, and what they took. Kept beside the machine's calibration; they mend the next prediction.
+
+One line of JSON a fit, appended in one write, so that fits that end at the same time do not mix. A line that was cut off, or that another
+version wrote, is passed over. Plain Python.
+"""
+
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from parafit.cluster import cache_directory
+
+MOST_BYTES = 1 << 20
+"""A larger file is cut to the newer half of its records."""
+RECENT = 9
+"""Fits that the next prediction learns from: the load of a machine changes within minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """One fit.
+
+    Attributes:
+        machine: its id (`calibrate.machine_id`).
+        model: its name.
+        batch: rows of a step over all devices.
+        plan: its text (`Plan.short`).
+        predicted_seconds, measured_seconds: of one step; the prediction before any correction.
+        predicted_bytes, measured_bytes: peak of one device.
+        date: when the fit ended, ISO 8601.
+    """
+
+    machine: str
+    model: str
+    batch: int
+    plan: str
+    predicted_seconds: float
+    measured_seconds: float
+    predicted_bytes: float
+    measured_bytes: float
+    date: str
+
+
+def residuals_path() -> Path:
+    """Where residuals are kept: beside the calibrations."""
+    return cache_directory() / "machines" / "residuals.jsonl"
+
+
+def append(residual: Residual, path: Path | None = None) -> None:
+    """Keep one more residual; the oldest are dropped when the file becomes too large."""
+    path = path or residuals_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(asdict(residual)) + "\n").encode()
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+        os.write(file, b"\n" * torn + line)
+    finally:
+        os.close(file)
+    if size + len(line) > MOST_BYTES:
+        _halve(path)
+
+
+def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
+    """All residuals that can be read, oldest first; those of one machine if it is named."""
+    path = path or residuals_path()
+    if not path.exists():
+        return []
+    read = (_parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [residual for residual in read if residual is not None and machine in ("", residual.machine)]
+
+
+def correction(residuals: Iterable[Residual], *, model: str = "", plan: str = "") -> float:
+    """The machine's load as recent fits met it: a factor on predicted seconds.
+
+    exp of the median of ln(measured / predicted) over the last `RECENT` fits: of the same model and plan if there are any, for
+    they share what the price leaves out; else of all, which share what else runs on the machine. Nothing known: 1.
+
+    Args:
+        residuals: of one machine, oldest first.
+        model: about to be fitted.
+        plan: about to be run.
+
+    Returns:
+        Measured over predicted seconds, to be expected.
+
+    >>> from dataclasses import replace
+    >>> fit = Residual(machine="m", model="net", batch=32, plan="single", predicted_seconds=1.0, measured_seconds=1.2,
+    ...                predicted_bytes=1, measured_bytes=1, date="2026-01-01T00:00:00")
+    >>> round(correction([fit, replace(fit, measured_seconds=1.5), replace(fit, measured_seconds=1.3)]), 3)
+    1.3
+    >>> correction([])
+    1.0
+    """
+    found = list(residuals)
+    alike = [residual for residual in found if (residual.model, residual.plan) == (model, plan)]
+    ratios = [residual.measured_seconds / residual.predicted_seconds for residual in (alike or found)[-RECENT:]]
+    return math.exp(statistics.median(map(math.log, ratios))) if ratios else 1.0
+
+
+def _parse(line: str) -> Residual | None:
+    try:
+        residual = Residual(**json.loads(line))
+    except (json.JSONDecodeError, TypeError):
+        return None
+    numbers = [getattr(residual, field.name) for field in fields(Residual) if field.name.endswith(("_seconds", "_bytes"))]
+    return residual if all(isinstance(number, (int, float)) and number > 0 and math.isfinite(number) for number in numbers) else None
+
+
+def _halve(path: Path) -> None:
+    """Keep the newer half, in one step; what another process appends at that very moment may be lost."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as file:
+        file.writelines(lines[len(lines) // 2 :])
+    os.replace(file.name, path)

@@ -1,0 +1,126 @@
+"""Puts the operations that XLA:CPU runs badly, above all inside loops, into forms that it runs well.
+
+A chunk of training steps is one loop, and XLA:CPU's own clean-up of convolutions visits a program's outermost computation only. Other
+operations are slow everywhere: kernel gradients of dense layers over more than two dimensions, pooling and its gradients, depthwise
+and grouped convolutions, random bits, `top_k` of few candidates, bfloat16 products. Thresholds are measured (JAX 0.10.2, Zen 5, 2 cores).
+This pass exchanges each such equation of a traced step for one equation that calls a function of plain, fast operations. Every other
+equation is kept as the very object it was, with its names, effects and sharding constraints.
+
+The values are those of the original to the rounding of its dtype; random bits, `top_k` and pooling of finite numbers are identical.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
+
+from parafit.rewrite.bits import choose_random_bits, choose_top_k
+from parafit.rewrite.convolutions import choose_convolution
+from parafit.rewrite.pools import choose_pool, choose_pool_gradient
+from parafit.rewrite.products import choose_dot
+
+
+def rewrite(step: Callable) -> Callable:
+    """`step` with its slow operations exchanged: same arguments, same values.
+
+    Args:
+        step: a function of pytrees of arrays, returning a pytree of arrays.
+
+    Returns:
+        A function that traces `step`, rewrites the trace and evaluates it. Call it under `jax.jit`, which traces it once.
+
+    >>> import jax, jax.numpy as jnp
+    >>> best = rewrite(lambda x: {"best": jax.lax.top_k(x, 2)[1]})
+    >>> best(jnp.array([3.0, 1.0, 4.0, 4.0]))["best"].tolist()
+    [2, 3]
+    """
+
+    def rewritten(*args):
+        closed, shapes = jax.make_jaxpr(step, return_shape=True)(*args)
+        outputs = jaxpr_as_fun(rewrite_jaxpr(closed))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return rewritten
+
+
+def rewrite_jaxpr(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """`closed` with its slow operations exchanged, at every depth; `closed` itself if it has none.
+
+    >>> import jax
+    >>> closed = jax.make_jaxpr(lambda x: x + 1)(1.0)
+    >>> rewrite_jaxpr(closed) is closed
+    True
+    """
+    return _Rewriter().closed(closed)
+
+
+class _Rewriter:
+    """One pass; equal equations share one replacement, so that the lowered program holds it once."""
+
+    def __init__(self):
+        self.rewritten: dict[int, tuple[Jaxpr, Jaxpr]] = {}
+        self.replacements: dict[Any, JaxprEqn] = {}
+
+    def closed(self, closed: ClosedJaxpr) -> ClosedJaxpr:
+        jaxpr = self.jaxpr(closed.jaxpr)
+        return closed if jaxpr is closed.jaxpr else ClosedJaxpr(jaxpr, closed.consts)
+
+    def jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
+        if id(jaxpr) not in self.rewritten:
+            equations = [self.equation(equation) for equation in jaxpr.eqns]
+            changed = any(new is not old for new, old in zip(equations, jaxpr.eqns))
+            self.rewritten[id(jaxpr)] = jaxpr, jaxpr.replace(eqns=equations) if changed else jaxpr
+        return self.rewritten[id(jaxpr)][1]
+
+    def equation(self, equation: JaxprEqn) -> JaxprEqn:
+        choose = _CHOOSERS.get(equation.primitive.name)
+        form = choose(equation) if choose else None
+        return self.exchanged(equation, form) if form else self.inside(equation)
+
+    def inside(self, equation: JaxprEqn) -> JaxprEqn:
+        params = {name: self.param(value) for name, value in equation.params.items()}
+        changed = any(params[name] is not value for name, value in equation.params.items())
+        return equation.replace(params=params) if changed else equation
+
+    def param(self, value: Any) -> Any:
+        if isinstance(value, ClosedJaxpr):
+            return self.closed(value)
+        if isinstance(value, Jaxpr):
+            return self.jaxpr(value)
+        if isinstance(value, tuple) and any(isinstance(item, ClosedJaxpr) for item in value):
+            items = tuple(self.param(item) for item in value)
+            return items if any(new is not old for new, old in zip(items, value)) else value
+        return value
+
+    def exchanged(self, equation: JaxprEqn, form: Callable) -> JaxprEqn:
+        key = equation.primitive, tuple((var.aval.shape, var.aval.dtype) for var in equation.invars), tuple(equation.params.items())
+        if key not in self.replacements:
+            self.replacements[key] = _call(equation, form)
+        call = self.replacements[key]
+        return call.replace(
+            invars=list(equation.invars), outvars=list(equation.outvars), source_info=equation.source_info, ctx=equation.ctx
+        )
+
+
+def _call(equation: JaxprEqn, form: Callable) -> JaxprEqn:
+    """One equation that calls `form` on operands like those of `equation`."""
+    form.__name__ = f"fast_{equation.primitive.name.replace('-', '_')}"
+    with equation.ctx.manager:  # undocumented (JAX 0.10.2): the mesh and the flags that the equation was traced under
+        traced = jax.make_jaxpr(jax.jit(form))(*(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in equation.invars))
+    (call,) = traced.eqns
+    assert not traced.consts
+    assert list(call.invars) == list(traced.jaxpr.invars)
+    assert [(var.aval.shape, var.aval.dtype) for var in call.outvars] == [(var.aval.shape, var.aval.dtype) for var in equation.outvars]
+    return call
+
+
+_CHOOSERS: dict[str, Callable[[JaxprEqn], Callable | None]] = {
+    "conv_general_dilated": choose_convolution,
+    "dot_general": choose_dot,
+    "random_bits": choose_random_bits,
+    "reduce_window_max": choose_pool,
+    "reduce_window_sum": choose_pool,
+    "select_and_scatter_add": choose_pool_gradient,
+    "top_k": choose_top_k,
+}

@@ -1,0 +1,75 @@
+"""Work on the bits of numbers: the largest few of some, and random ones."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+MOST_TOP_PASSES = 128
+"""`top_k` is left alone if k times the number of candidates is more than this: the form below takes two passes for each value."""
+
+
+def choose_top_k(equation: JaxprEqn) -> Callable | None:
+    operand, count, axis = equation.invars[0].aval, equation.params["k"], equation.params["axis"]
+    kinds = jnp.float32, jnp.float16, jnp.bfloat16
+    if count * operand.shape[axis] > MOST_TOP_PASSES or operand.dtype not in kinds or axis != len(operand.shape) - 1:
+        return None
+
+    def form(values):
+        keys = _ordered_keys(values.astype(jnp.float32))
+        places = lax.broadcasted_iota(jnp.int32, values.shape, axis)
+        best, indices = [], []
+        for _ in range(count):
+            place = jnp.where(keys == keys.max(axis, keepdims=True), places, values.shape[axis]).min(axis, keepdims=True)
+            best.append(jnp.where(places == place, values, -jnp.inf).max(axis, keepdims=True))
+            indices.append(place)
+            keys = jnp.where(places == place, jnp.iinfo(jnp.int32).min, keys)
+        return jnp.concatenate(best, axis), jnp.concatenate(indices, axis)
+
+    return form
+
+
+def _ordered_keys(values: jax.Array) -> jax.Array:
+    """Integers in XLA's order of float32 numbers: by sign, then by bits, so that -0 < 0 and inf < nan. The smallest integer is none."""
+    bits = lax.bitcast_convert_type(values, jnp.int32)
+    return jnp.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.iinfo(jnp.int32).min + 1)
+
+
+def choose_random_bits(equation: JaxprEqn) -> Callable | None:
+    key, shape, width = equation.invars[0].aval, equation.params["shape"], equation.params["bit_width"]
+    ours = str(key.dtype) == "key<fry>" and key.shape == () and width == 32 and jax.config.jax_threefry_partitionable
+    if not ours or not 0 < math.prod(shape) < 2**32:
+        return None
+
+    size = math.prod(shape)
+    half = -(-size // 2)
+
+    def form(key):
+        places, words = lax.iota(jnp.uint32, half), jax.random.key_data(key)
+        # A loop, because its result is kept: without, the backward pass computes the bits again.
+        halves = lax.map(lambda start: functools.reduce(operator.xor, _threefry(words, start + places)), np.array([0, half], np.uint32))
+        return halves.reshape(-1)[:size].reshape(shape)
+
+    return form
+
+
+def _threefry(key: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds of (0, counts), written out: JAX's own loop of five passes goes through memory ten times.
+
+    Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+    """
+    schedule = key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)
+    first, second = jnp.broadcast_to(schedule[0], counts.shape), counts + schedule[1]
+    for turn in range(5):
+        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[turn % 2]:
+            first = first + second
+            second = first ^ ((second << np.uint32(distance)) | (second >> np.uint32(32 - distance)))
+        first = first + schedule[(turn + 1) % 3]
+        second = second + schedule[(turn + 2) % 3] + np.uint32(turn + 1)
+    return first, second

@@ -1,0 +1,132 @@
+"""Convolutions, their gradients, and convolutions in groups."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from parafit.rewrite.products import kernel_gradient
+from parafit.rewrite.windows import MOST_OFFSETS, every, strided
+
+MOST_GROUPS = 8
+"""Grouped convolutions of more groups than this are not split into ordinary ones; gradients of kernels are, up to four times as many."""
+
+
+def choose_convolution(equation: JaxprEqn) -> Callable | None:
+    params, dims = equation.params, equation.params["dimension_numbers"]
+    images, kernel = (var.aval for var in equation.invars)
+    inner = _convolution_form(equation)
+    orders = _last(dims.lhs_spec), _kernel_last(dims.rhs_spec), _last(dims.out_spec)
+    plain = tuple(range(len(images.shape)))
+    fast = {_convolve: plain, _convolve_small_groups: (*plain[:-2], plain[-1], plain[-2])}
+    unfit = len(images.shape) < 3 or 0 in images.shape + kernel.shape or not jnp.issubdtype(images.dtype, jnp.floating)
+    if unfit or inner is None or orders == (plain, fast.get(inner), plain):
+        return None
+    groups = params["feature_group_count"], params["batch_group_count"]
+    names = "window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type"
+    options = {name: params[name] for name in names}
+
+    def form(images, kernel):
+        result = inner(lax.transpose(images, orders[0]), lax.transpose(kernel, orders[1]), groups, options)
+        return lax.transpose(result, np.argsort(orders[2]))
+
+    return form
+
+
+def _convolution_form(equation: JaxprEqn) -> Callable | None:
+    dims, features, batches = (equation.params[name] for name in ("dimension_numbers", "feature_group_count", "batch_group_count"))
+    images, kernel, result = (var.aval.shape for var in (*equation.invars, *equation.outvars))
+    few_outputs = math.prod(result[dim] for dim in dims.out_spec[2:]) <= MOST_OFFSETS
+    if features > 1:
+        inputs, out = kernel[dims.rhs_spec[1]], kernel[dims.rhs_spec[0]] // features
+        if 1 in (inputs, out) or inputs * out <= 16:
+            return _convolve_small_groups
+        return _split_groups if features <= MOST_GROUPS else None
+    if batches > 1:
+        splits = _split_groups if batches <= 4 * MOST_GROUPS else None
+        return None if not few_outputs else _depthwise_correlate if batches == images[dims.lhs_spec[0]] else splits
+    return _correlate if few_outputs and dims.lhs_spec[0] != 0 else _convolve
+
+
+def _last(spec: Sequence[int]) -> tuple[int, ...]:
+    """(batch, channels, *space) as (batch, *space, channels)."""
+    return spec[0], *spec[2:], spec[1]
+
+
+def _kernel_last(spec: Sequence[int]) -> tuple[int, ...]:
+    """(out, in, *space) as (*space, in, out)."""
+    return *spec[2:], spec[1], spec[0]
+
+
+def _convolve(images: jax.Array, kernel: jax.Array, groups: tuple[int, int], options: dict, last: str = "IO") -> jax.Array:
+    """The layout that XLA:CPU has a fast kernel for. images: (batch, *space, in), kernel: (*window, in, out)."""
+    space = "XYZUVW"[: images.ndim - 2]
+    layouts = f"N{space}C", space + last, f"N{space}C"
+    return lax.conv_general_dilated(images, kernel, dimension_numbers=layouts, feature_group_count=groups[0], **options)
+
+
+def _convolve_small_groups(images: jax.Array, kernel: jax.Array, groups: tuple[int, int], options: dict) -> jax.Array:
+    """Depthwise convolutions and their like are fast only with a kernel of (*window, out, in)."""
+    return _convolve(images, jnp.swapaxes(kernel, -1, -2), groups, options, last="OI")
+
+
+def _correlate(images: jax.Array, kernel: jax.Array, groups: tuple[int, int], options: dict) -> jax.Array:
+    """A kernel's gradient: out[i, y, o] = Σ over b, w of images[i, y·stride + w·dilation, b] · kernel[w, b, o], as products of matrices.
+
+    images: (in, *space, batch), kernel: the gradient of the outputs (*window, batch, out), returns (in, *offsets, out).
+    The offsets along the last dim are gathered into one matrix, those along the others are products of their own.
+    """
+    window, out, inputs = kernel.shape[:-2], kernel.shape[-1], images.shape[0]
+    padded = _padded(jnp.swapaxes(images, 0, -1), options)
+    gradient = jnp.moveaxis(kernel, -2, 0).reshape(-1, out)
+    *others, last = _offsets(padded, window, options)
+    dim, dilations = len(window), options["rhs_dilation"]
+    gathered = jnp.concatenate([every(padded, start, window[-1], dilations[-1], dim) for start in last], axis=-1)
+    products = []
+    for starts in itertools.product(*others):
+        patches = lax.optimization_barrier(strided(gathered, starts, window, dilations)).reshape(len(gradient), -1)
+        products.append(kernel_gradient(patches, gradient, **{name: options[name] for name in ("precision", "preferred_element_type")}))
+    result = jnp.stack(products).reshape(*map(len, others), len(last), inputs, out)
+    return jnp.moveaxis(result, -2, 0)
+
+
+def _depthwise_correlate(images: jax.Array, kernel: jax.Array, groups: tuple[int, int], options: dict) -> jax.Array:
+    """The gradient of a depthwise kernel. images: (channels, *space, batch), kernel: (*window, batch, channels·multiplier)."""
+    channels, window = images.shape[0], kernel.shape[:-2]
+    padded = _padded(jnp.swapaxes(images, 0, -1), options)
+    gradient = jnp.moveaxis(kernel, -2, 0).reshape(padded.shape[0], *window, channels, -1)
+    gradient = gradient.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    offsets = _offsets(padded, window, options)
+    sums = [
+        (strided(padded, starts, window, options["rhs_dilation"])[..., None] * gradient).sum(range(len(window) + 1))
+        for starts in itertools.product(*offsets)
+    ]
+    return jnp.stack(sums).reshape(1, *map(len, offsets), -1).astype(options["preferred_element_type"] or images.dtype)
+
+
+def _split_groups(images: jax.Array, kernel: jax.Array, groups: tuple[int, int], options: dict) -> jax.Array:
+    """Group after group, each an ordinary convolution."""
+    count = max(groups)
+    image_groups = jnp.split(images, count, axis=-1 if groups[0] > 1 else 0)
+    inner = _convolve if groups[0] > 1 else _correlate
+    parts = [inner(part, weights, (1, 1), options) for part, weights in zip(image_groups, jnp.split(kernel, count, axis=-1))]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _padded(images: jax.Array, options: dict) -> jax.Array:
+    """images (batch, *space, channels) padded and dilated as the convolution asks; a negative width cuts."""
+    space = [(low, high, dilation - 1) for (low, high), dilation in zip(options["padding"], options["lhs_dilation"])]
+    if not any(map(any, space)):
+        return images
+    return lax.optimization_barrier(lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *space, (0, 0, 0)]))
+
+
+def _offsets(images: jax.Array, window: Sequence[int], options: dict) -> list[range]:
+    """For each spatial dim of images (batch, *space, channels): where a window may start."""
+    reaches = [(width - 1) * dilation for width, dilation in zip(window, options["rhs_dilation"])]
+    return [range(0, size - reach, stride) for size, reach, stride in zip(images.shape[1:-1], reaches, options["window_strides"])]

@@ -1,0 +1,20 @@
+"""Slices that windows of convolutions and pools are made of."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+
+MOST_OFFSETS = 64
+"""Windows of more positions than this are left alone: the forms below grow with each position."""
+
+
+def strided(array: jax.Array, starts: Sequence[int], sizes: Sequence[int], strides: Sequence[int], first: int = 1) -> jax.Array:
+    """From `starts` on every `strides`-th entry, `sizes` of them, of the dims from `first` on."""
+    for dim, (start, size, stride) in enumerate(zip(starts, sizes, strides), first):
+        array = every(array, start, size, stride, dim)
+    return array
+
+
+def every(array: jax.Array, start: int, size: int, stride: int, dim: int) -> jax.Array:
+    return lax.slice_in_dim(array, start, start + (size - 1) * stride + 1, stride, dim)

@@ -1,0 +1,152 @@
+"""From a step to a `Program`: a traced step is walked once, nothing is computed and no array is allocated."""
+
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+
+from parafit.describe import describe
+from parafit.errors import ModelError
+from parafit.program import Program
+from parafit.walk import Leaf, Walk
+
+
+def trace_step(step, state, batch, *, fixed=(), name: str = "") -> Program:
+    """The program of an adapted model's step.
+
+    Args:
+        step: a `parafit.adapt.Step`.
+        state: its state: arrays or `jax.ShapeDtypeStruct`s in the groups of `step.variables`.
+        batch: one global batch, packed as the step takes it: arrays or shapes, rows first.
+        fixed: the weights that the step only reads.
+        name: of the model.
+
+    Returns:
+        Its program. Parameters, slots and state are tensors named by the path of their variable.
+
+    Raises:
+        ModelError: the step cannot be traced; the layer it happened in, and why.
+    """
+    trains = step.name == "train"
+    roles = ("parameter", "state", "slot", "state") if trains else ("state",) * len(step.variables)
+    weights = [Leaf(name=variable.path, role="parameter") for variable in step.fixed_variables]
+    for role, group in zip(roles, step.variables):
+        weights += [_variable_leaf(variable, role) for variable in group]
+    held = weights[len(step.fixed_variables) :]
+    return trace(step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name)
+
+
+def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str = "loss") -> Program:
+    """The program of a training step of a plain JAX loss.
+
+    Args:
+        loss: `(parameters, batch) -> scalar`.
+        parameters: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+        batch: a pytree of the same, rows first.
+        optimizer: a pair of functions `(init, update)` as Optax has them; None: gradients only.
+        name: of the model.
+
+    Returns:
+        Its program. Parameters are named by their place in the tree: "blocks/3/kernel".
+
+    Raises:
+        ModelError: the loss cannot be traced.
+
+    >>> import jax, jax.numpy as jnp
+    >>> shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    >>> loss = lambda weights, x: jnp.mean((x @ weights["inner"] @ weights["outer"]) ** 2)
+    >>> program = trace_loss(loss, {"inner": shape(784, 32), "outer": shape(32, 10)}, shape(64, 784))
+    >>> program.tensors["inner"].dims, program.tensors["outer"].dims
+    (('x/features', 'inner/units'), ('inner/units', 'outer/units'))
+    >>> program.operations[0].shape
+    (1, 64, 784, 32)
+    """
+    weights = tree_leaves(parameters, "parameter", "parameters")
+    inputs = tree_leaves(batch, "input", "x")
+    if optimizer is None:
+        return trace(jax.value_and_grad(loss), (parameters, batch), [*weights, *inputs], results=weights, name=name)
+    init, update = optimizer[:2]
+    slots = jax.eval_shape(init, parameters)
+
+    def step(parameters, slots, batch):
+        value, gradients = jax.value_and_grad(loss)(parameters, batch)
+        changes, slots = update(gradients, slots, parameters)
+        return value, jax.tree.map(lambda old, change: old + change.astype(old.dtype), parameters, changes), slots
+
+    held = [*weights, *tree_leaves(slots, "slot", "slots")]
+    return trace(step, (parameters, slots, batch), [*held, *inputs], results=held, name=name)
+
+
+def trace(function: Callable, arguments: tuple, leaves: Sequence[Leaf], *, results: Sequence[Leaf] = (), name: str = "") -> Program:
+    """The program of any step.
+
+    Args:
+        function: a function of pytrees of arrays.
+        arguments: what it takes: arrays or `jax.ShapeDtypeStruct`s.
+        leaves: name and role of each of the arguments' leaves.
+        results: for the last leaves of what it returns, the argument each replaces (or is the gradient of).
+        name: of the model.
+
+    Raises:
+        ModelError: the function cannot be traced.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    try:
+        traced = jax.make_jaxpr(function)(*shapes)
+    except Exception as error:
+        raise _untraceable(error, name) from error
+    named = _told_apart(leaves)
+    return describe(Walk(traced, list(named.values()), [named[id(leaf)] for leaf in results]), name)
+
+
+def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
+    """Name and role of a pytree's leaves, named by their place in it.
+
+    Args:
+        tree: any pytree.
+        role: of all of its leaves.
+        alone: the name of the leaf if the tree is nothing else.
+        prefix: of the names.
+    """
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    return [Leaf(name=prefix + path if path else alone, role=role) for path in paths]
+
+
+def _variable_leaf(variable, role: str) -> Leaf:
+    return Leaf(name=variable.path, role="state" if role == "slot" and not variable.shape else role)
+
+
+def _batch_leaves(batch) -> list[Leaf]:
+    names = ("x", "y", "sample_weight")
+    parts = batch if isinstance(batch, (tuple, list)) and len(batch) <= len(names) else (batch,)
+    return [leaf for name, part in zip(names, parts) for leaf in tree_leaves(part, "input", name, f"{name}/")]
+
+
+def _told_apart(leaves: Sequence[Leaf]) -> dict[int, Leaf]:
+    """Leaves by `id`, those of equal names numbered."""
+    seen: dict[str, int] = {}
+    named = {}
+    for leaf in leaves:
+        seen[leaf.name] = seen.get(leaf.name, 0) + 1
+        named[id(leaf)] = leaf if seen[leaf.name] == 1 else Leaf(name=f"{leaf.name}_{seen[leaf.name]}", role=leaf.role)
+    return named
+
+
+def _untraceable(error: BaseException, name: str) -> ModelError:
+    while error.__context__ is not None:  # Keras wraps errors, and may fail at it
+        error = error.__context__
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    layer = _layer_of(error)
+    where = f" in layer {layer!r}" if layer else ""
+    return ModelError(
+        f"model {name!r} cannot be traced{where}: {type(error).__name__}: {reason} "
+        "A step is planned from its shapes alone, so it must not look at the values of arrays (float(x), if x > 0, x.numpy())."
+    )
+
+
+def _layer_of(error: BaseException) -> str:
+    """The name of the innermost layer whose method was running; layers are known by having a name and a `call`."""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    layers = [owner for owner in owners if isinstance(getattr(owner, "name", None), str) and callable(getattr(owner, "call", None))]
+    return str(getattr(layers[-1], "name", "")) if layers else ""

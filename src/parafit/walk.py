@@ -1,0 +1,388 @@
+"""Walks a traced step: every equation at every depth becomes a record of an operation over values whose dims are tied."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from parafit.dims import Dims
+from parafit.operations import behaviour, matmul_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A leaf of a step's arguments.
+
+    Attributes:
+        name: of a parameter, the path of its variable.
+        role: one of `parafit.program.ROLES`.
+    """
+
+    name: str
+    role: str
+
+
+@dataclass(eq=False, kw_only=True)
+class Value:
+    """An array of the traced step.
+
+    Attributes:
+        shape, itemsize, role: as in `parafit.program.Tensor`.
+        dims: numbers in the walk's `Dims`.
+        name: of a leaf, else "".
+        layer: the layer it belongs to, "" while unknown.
+        source: the value it is another view of.
+        producer: the operation that writes it.
+        readers: operations that read it.
+        leaves: the program returns it, or a loop hands it on.
+        literal: a number in the program's text.
+        cheap: computed from numbers in the program's text by what fuses, so that no loop need store it.
+        seen: the view of it that tells what it is (a gradient in the shape of its parameter).
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    dims: list[int]
+    role: str = "activation"
+    name: str = ""
+    layer: str = ""
+    source: "Value | None" = None
+    producer: "Record | None" = None
+    readers: "list[Record]" = field(default_factory=list)
+    leaves: bool = False
+    literal: bool = False
+    cheap: bool = False
+    seen: "Value | None" = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.itemsize
+
+    def root(self) -> "Value":
+        """The value this one is a view of, itself if of none."""
+        value = self
+        while value.source is not None:
+            value = value.source
+        return value
+
+
+@dataclass(eq=False, kw_only=True)
+class Record:
+    """An operation of the traced step; fields as in `parafit.program.Operation` and `parafit.operations.Behaviour`, dims as numbers."""
+
+    primitive: str
+    kind: str
+    scope: str
+    layer: str
+    phase: str
+    inputs: list[Value]
+    outputs: list[Value]
+    flops: float
+    contracted: list[int] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    steps: int = 1
+    fuses: bool = False
+    alias: bool = False
+    costly: bool = False
+    absorbs: bool = False
+
+
+class Walk:
+    """One walk over a traced step.
+
+    Attributes:
+        dims: of all values.
+        records: operations in the order they run.
+        arguments: values of the step's leaves.
+        results: (leaf, value) of the leaves that the step returns changed.
+        hints: (dims, word, layer, rank): how a dim may be called; the lowest rank first.
+        unknown: primitives that are not known.
+        batch: the dims of rows.
+    """
+
+    def __init__(self, traced, leaves: Sequence[Leaf], results: Sequence[Leaf]):
+        self.dims = Dims()
+        self.records: list[Record] = []
+        self.hints: list[tuple[int, str, str, int]] = []
+        self.unknown: dict[str, None] = {}
+        self.arguments = [self._argument(var.aval, leaf) for var, leaf in zip(traced.jaxpr.invars, leaves)]
+        self.batch = self._tie_rows()
+        outputs = self._jaxpr(traced.jaxpr, traced.consts, self.arguments, "", 1)
+        for value in outputs:
+            value.root().leaves = True
+        self.results = list(zip(results, outputs[len(outputs) - len(results) :]))
+
+    def _argument(self, aval, leaf: Leaf) -> Value:
+        value = self._value(aval)
+        value.name, value.role = leaf.name, leaf.role
+        return value
+
+    def _value(self, aval, dims: list[int] | None = None, layer: str = "", *, literal: bool = False) -> Value:
+        shape = tuple(getattr(aval, "shape", ()))
+        itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
+        dims = [self.dims.new(size) for size in shape] if dims is None else dims
+        return Value(shape=shape, itemsize=itemsize, dims=dims, layer=layer, literal=literal)
+
+    def _tie_rows(self) -> list[int]:
+        rows = [value.dims[0] for value in self.arguments if value.role == "input" and value.shape]
+        rows = [dim for dim in rows if self.dims.size(dim) == self.dims.size(rows[0])]
+        for other in rows[1:]:
+            self.dims.tie(rows[0], other)
+        return rows[:1]
+
+    # Jaxprs within jaxprs ------------------------------------------------------------------------------------------------------------
+
+    def _jaxpr(self, jaxpr, consts, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        values = dict(zip(jaxpr.invars, inputs))
+        values.update((var, self._value(var.aval)) for var in jaxpr.constvars)
+        read = lambda var: self._value(var.aval, literal=True) if hasattr(var, "val") else values[var]  # noqa: E731
+        for equation in jaxpr.eqns:
+            stack = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
+            outputs = self._equation(equation, [read(var) for var in equation.invars], stack, steps)
+            values.update(zip(equation.outvars, outputs))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _equation(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        special = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(equation.primitive.name)
+        if special:
+            return special(equation, inputs, scope, steps)
+        inner = _called(equation)
+        if inner is not None:
+            return self._jaxpr(*_opened(inner), inputs, scope, steps)
+        return self._operation(equation, inputs, scope, steps)
+
+    def _scan(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        params = equation.params
+        length, fixed, carried = params["length"], params["num_consts"], params["num_carry"]
+        carry, stacked = inputs[fixed : fixed + carried], inputs[fixed + carried :]
+        body, consts = _opened(params["jaxpr"])
+        time = self.dims.new(length)
+        self.dims.fix([time])
+        for value in stacked:
+            self.dims.tie(time, value.dims[0])
+        self._enter(inputs, carry, scope, steps * length)
+        label = _prefix([value.root().name for value in stacked if value.root().role == "parameter"])
+        self.hints.append((time, "steps", _layer(scope) or label, 4))
+        scope = scope if _layer(scope) else f"{scope}/{label}"
+        slices = [self._view(value, var.aval.shape, value.dims[1:]) for var, value in zip(body.invars[fixed + carried :], stacked)]
+        leaving = self._jaxpr(body, consts, [*inputs[:fixed], *map(self._view, carry), *slices], scope, steps * length)
+        outputs = self._carried(carry, leaving[:carried], scope, steps * length)
+        for var, value in zip(equation.outvars[carried:], leaving[carried:]):
+            whole = self._value(var.aval, [time, *value.dims], value.layer)
+            self._keep(value, whole, scope, steps * length)
+            outputs.append(whole)
+        return outputs
+
+    def _while(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        """A loop whose length the shapes do not tell counts as one step."""
+        params = equation.params
+        test, fixed = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        carry = inputs[fixed:]
+        self._enter(inputs, carry, scope, steps)
+        views = [self._view(value) for value in carry]
+        self._jaxpr(*_opened(params["cond_jaxpr"]), [*inputs[:test], *views], scope, steps)
+        leaving = self._jaxpr(*_opened(params["body_jaxpr"]), [*inputs[test:fixed], *views], scope, steps)
+        return self._carried(carry, leaving, scope, steps)
+
+    def _enter(self, inputs: list[Value], carry: list[Value], scope: str, steps: int) -> None:
+        self._record("loop", "loop", scope, [], [], steps=steps)
+        for value in inputs:
+            value.root().leaves = value.root().leaves or not value.root().cheap
+        for value in carry:
+            value.root().literal, value.root().leaves = False, True
+
+    def _view(self, value: Value, shape=None, dims: list[int] | None = None) -> Value:
+        """A value as the body of a loop sees it: all of it, or the slice of one step."""
+        dims = list(value.dims if dims is None else dims)
+        shape = value.shape if shape is None else tuple(shape)
+        return Value(shape=shape, itemsize=value.itemsize, dims=dims, layer=value.layer, source=value)
+
+    def _carried(self, carry: list[Value], leaving: list[Value], scope: str, steps: int) -> list[Value]:
+        """What a loop carries stays in one place: the new value is written where the first one was."""
+        for before, after in zip(carry, leaving):
+            self._tie(before.dims, after.dims)
+            self._keep(after, before, scope, steps)
+        return [self._view(value) for value in carry]
+
+    def _keep(self, value: Value, place: Value, scope: str, steps: int) -> None:
+        """Let a loop's body write `value` into `place` (one slice of it, at every step)."""
+        root = value.root()
+        if root is place.root():
+            return
+        if root.producer is None or root.leaves or root.producer.steps != steps:
+            copy = self._record("copy", "move", scope, [value], [], steps=steps)
+            root = self._view(value)
+            root.source = None
+            self._finish(copy, [root])
+        root.source, place.root().leaves = place, True
+        place.root().readers += root.readers
+        if place.root().producer is None and not place.root().name:
+            place.root().producer = root.producer
+
+    def _cond(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        """Dims are tied through every branch; the operations are those of the one with most FLOPs."""
+        start, branches = len(self.records), []
+        for branch in equation.params["branches"]:
+            outputs = self._jaxpr(*_opened(branch), inputs[1:], scope, steps)
+            branches.append((self.records[start:], outputs))
+            del self.records[start:]
+        records, outputs = max(branches, key=lambda branch: sum(record.flops * record.steps for record in branch[0]))
+        self.records += records
+        for _, others in branches:
+            for one, other in zip(outputs, others):
+                self._tie(one.dims, other.dims)
+        return outputs
+
+    def _tie(self, ours: Iterable[int], theirs: Iterable[int]) -> None:
+        for one, other in zip(ours, theirs):
+            self.dims.tie(one, other)
+
+    # Operations ----------------------------------------------------------------------------------------------------------------------
+
+    def _operation(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        name, params = equation.primitive.name, equation.params
+        ours = behaviour(name)
+        shapes, results = [value.shape for value in inputs], [tuple(getattr(var.aval, "shape", ())) for var in equation.outvars]
+        try:
+            dims, contracted = ours.rule(self.dims, params, [value.dims for value in inputs], results)
+            flops = ours.flops(params, shapes, results)
+            assert [len(group) for group in dims] == [len(shape) for shape in results]
+        except Exception:  # whatever a primitive brings that its rule did not expect
+            ours = behaviour("")
+            (dims, contracted), flops = ours.rule(self.dims, params, [value.dims for value in inputs], results), 0.0
+        if ours.kind == "reduction" and name.startswith("reduce_") and inputs[0].shape and math.prod(shapes[0]) == math.prod(results[0]):
+            ours, flops = behaviour("squeeze"), 0.0
+        if ours.kind == "unknown" and results:
+            self.unknown[name] = None
+        record = self._record(name, ours.kind, scope, inputs, contracted, steps=steps, flops=flops)
+        record.fuses, record.alias, record.costly, record.absorbs = ours.fuses, ours.alias, ours.costly, ours.absorbs
+        outputs = [self._value(var.aval, group, record.layer) for var, group in zip(equation.outvars, dims)]
+        if ours.alias:
+            for value, source in zip(outputs, inputs):
+                value.source = source
+        for value in outputs if ours.fuses else ():
+            value.cheap = all(each.literal or each.root().cheap for each in inputs)
+        if ours.kind == "matmul":
+            record.shape = matmul_shape(params, shapes)
+        self._finish(record, outputs)
+        self._hint(equation, record)
+        return outputs
+
+    def _record(self, primitive: str, kind: str, scope: str, inputs: list[Value], contracted: list[int], **options) -> Record:
+        layer = _layer(scope) or _inherited(inputs)
+        record = Record(
+            primitive=primitive,
+            kind=kind,
+            scope=scope,
+            layer=layer,
+            phase="backward" if "transpose(" in scope else "forward" if "jvp(" in scope else "",
+            inputs=inputs,
+            outputs=[],
+            flops=options.pop("flops", 0.0),
+            contracted=contracted,
+            **options,
+        )
+        for value in inputs:
+            value.root().readers.append(record)
+            if value.root().role == "parameter" and not value.root().layer:
+                value.root().layer = layer
+        self.records.append(record)
+        return record
+
+    def _finish(self, record: Record, outputs: list[Value]) -> None:
+        record.outputs = outputs
+        for value in outputs:
+            value.producer = record
+
+    def _hint(self, equation, record: Record) -> None:
+        """Names for the dims of parameters, from what they are used for."""
+        for side, value in enumerate(record.inputs):
+            root = value.root()
+            if root.role == "parameter" and value.shape:
+                label, later = _label(root), 5 * (record.phase == "backward")
+                for rank, word, dim in _words(equation, record, side, value):
+                    at = label.rpartition("/")[0] or label if word.startswith("head") else label
+                    self.hints.append((dim, word, at, rank + later))
+                if record.primitive == "gather" and side == 0:
+                    self.hints += [(dim, "sequence", "", 2) for dim in record.inputs[1].dims[1:-1]]
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """The folder that all names are in."""
+    parts = [name.split("/")[:-1] for name in names]
+    shared = [column[0] for column in zip(*parts) if len(set(column)) == 1]
+    return "/".join(shared)
+
+
+def _words(equation, record: Record, side: int, value: Value) -> Iterable[tuple[int, str, int]]:
+    """(rank, word, dim) of a parameter's dims as an operation uses them."""
+    params = equation.params
+    if record.kind == "matmul":
+        sums, batch = params["dimension_numbers"]
+        free = [place for place in range(len(value.dims)) if place not in {*sums[side], *batch[side]}]
+        words = {1: ["units"], 2: ["heads", "head_size"]}.get(len(free), ["units"] * len(free))
+        yield from ((1, word, value.dims[place]) for word, place in zip(words, free))
+        yield from ((4, "inputs", value.dims[place]) for place in sums[side])
+        yield from ((1, "experts", value.dims[place]) for place in batch[side])
+    elif record.kind == "convolution" and side == 1:
+        leaving, entering, *windows = params["dimension_numbers"].rhs_spec
+        yield 1, "filters", value.dims[leaving]
+        yield 4, "channels", value.dims[entering]
+        yield from ((1, "window", value.dims[place]) for place in windows)
+    elif record.primitive == "gather" and side == 0:
+        collapsed = params["dimension_numbers"].collapsed_slice_dims
+        yield from ((1, "vocabulary" if place in collapsed else "features", dim) for place, dim in enumerate(value.dims))
+    elif record.kind == "elementwise" and len(value.dims) == 1:
+        yield from ((2, "features", dim) for dim in value.dims)
+
+
+_PLAIN = {"kernel", "weight", "weights", "w", "embeddings", "embedding", "gamma", "scale", "bias", "b", "beta", "recurrent_kernel"}
+
+
+def _label(value: Value) -> str:
+    """What a parameter's dims are named after: its layer, or the parameter where its own name tells more."""
+    parent, _, last = value.name.rpartition("/")
+    return (value.layer or parent or value.name) if last in _PLAIN else value.name
+
+
+def _inherited(inputs: list[Value]) -> str:
+    """The layer of an operation that does not tell: that of the parameter it reads, else of its first operand that has one."""
+    for value in inputs:
+        root = value.root()
+        if root.role == "parameter":
+            return root.layer or root.name.rpartition("/")[0] or root.name
+    return next((value.layer for value in inputs if value.layer), "")
+
+
+def _layer(scope: str) -> str:
+    """The layer in a name stack.
+
+    >>> _layer("transpose(jvp(block0))/attention/query/abc,cde->abde")
+    'block0/attention/query'
+    """
+    plain = re.sub(r"\w+\(|\)", "", scope)
+    return "/".join(part for part in plain.split("/") if part and part not in _TRANSFORMS and "->" not in part and "," not in part)
+
+
+_TRANSFORMS = {"rematted_computation", "checkpoint", "while", "body", "cond", "closed_call"}
+
+
+def _called(equation) -> Any:
+    """The jaxpr that an equation does nothing but call, None where there is none."""
+    found = [value for name, value in equation.params.items() if name in _CALLS and hasattr(getattr(value, "jaxpr", value), "eqns")]
+    if len(found) != 1:
+        return None
+    jaxpr = getattr(found[0], "jaxpr", found[0])
+    inner = [[getattr(var.aval, "shape", ()) for var in side] for side in (jaxpr.invars, jaxpr.outvars)]
+    outer = [[getattr(var.aval, "shape", ()) for var in side] for side in (equation.invars, equation.outvars)]
+    return found[0] if inner == outer else None
+
+
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def _opened(jaxpr) -> tuple[Any, Any]:
+    """A jaxpr and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())

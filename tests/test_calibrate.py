@@ -1,0 +1,210 @@
+"""What this machine does: found, measured, kept; residuals of past fits. No absolute time is asserted."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from parafit import calibrate, probes, residuals
+from parafit.cost import price
+from parafit.networks import named
+from parafit.plan import Plan
+from parafit.residuals import Residual, append, correction, load
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "parafit" / "machines"
+
+
+def few_probes():
+    yield from (probes._chain(2), probes._chain(4), probes._matmul("float32", 16, 16, 16))
+    for size in (2**10, 2**14):
+        yield from (probes._elementwise(size), probes._update(size), *probes._reductions(size), probes._slice(size))
+    yield from (probes._matmul("float64", 8, 8, 8), probes._batched("float32", 4, 4, 4))
+    yield from probes._convolutions(1, 4, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A machine calibrated with few probes, and the file it was kept in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(calibrate, "probes", few_probes)
+        patch.setattr(calibrate, "_LEAST_PROBES", 99)
+        return calibrate.calibrate(seconds=1.0), calibrate.machine_path(), calibrate.here()
+
+
+def test_a_machine_that_was_never_calibrated_says_that_its_numbers_are_defaults(cache):
+    machine = calibrate.here()
+    assert not cache.exists(), "looking at the machine must not write"
+    assert machine.device_count == jax.device_count()
+    written = json.loads(machine.to_json())["device"]
+    assert written["memory_bytes_per_second"]["source"] == "default"
+    assert written["memory_bytes"]["source"] == "the operating system"
+    assert 0 < machine.device.memory_bytes < 1e16
+
+
+def test_a_calibration_is_kept_and_found_again(calibrated):
+    machine, path, found = calibrated
+    assert found == machine
+    assert path.exists()
+    assert [each.suffix for each in path.parent.iterdir()] == [".json"], "a part of a file is left"
+
+
+def test_every_measured_number_says_how(calibrated):
+    sources = calibrated[0].sources
+    for name in ("matmul.table", "peak_flops.float32", "operation_seconds", "loop_seconds", "curves.elementwise", "dispatch_seconds"):
+        assert re.search(r"measured with parafit on .+, JAX \d.*, \d{4}-\d\d-\d\d", sources[f"device.{name}"]), name
+
+
+def test_a_calibration_has_curves_that_rise_and_products_of_every_form(calibrated):
+    device = calibrated[0].device
+    assert {"elementwise", "update", "reduction", "slice"} <= set(device.curves)
+    for points in device.curves.values():
+        assert all(small <= large and fast <= slow for (small, fast), (large, slow) in itertools.pairwise(points))
+    forms = {row[0] for row in device.matmul.table}
+    assert {"float32", "float64", "float32 batched", "float32 convolution", "float32 correlation"} <= forms
+
+
+def test_a_calibrated_machine_prices_more_work_higher(calibrated):
+    machine = calibrated[0].of(1)
+    small, large = (price(named("gpt:125m", batch=batch), Plan(), machine) for batch in (2, 4))
+    assert small.seconds < large.seconds
+    assert math.isclose(sum(large.times.values()), large.seconds)
+
+
+def test_a_file_of_another_version_is_passed_over(cache):
+    path = calibrate.machine_path()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 99}')
+    assert calibrate.here() == calibrate.detect()
+
+
+def test_the_id_tells_versions_and_devices_apart():
+    name = calibrate.machine_id()
+    assert f"jax-{jax.__version__}" in name
+    assert f"{jax.device_count()}-cpu" in name
+    assert re.fullmatch(r"[a-z0-9.-]+", name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory"), [("NVIDIA H100 80GB HBM3", 80e9), ("NVIDIA A100-SXM4-40GB", 40e9), ("Tesla V100-SXM2-16GB", 16e9)]
+)
+def test_an_accelerator_has_the_numbers_of_its_preset(monkeypatch, kind, memory):
+    class Fake:
+        device_kind, platform = kind, "gpu"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Fake()])
+    assert calibrate.detect().device.memory_bytes == pytest.approx(memory, rel=0.1)
+
+
+def test_several_devices_have_their_link_measured():
+    script = """
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from parafit import calibrate
+link = calibrate._linked(calibrate.detect()).inner
+print([int(size) for size, _ in link.measured], link.alpha_seconds > 0, link.bytes_per_second > 0)
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[2, 4] True True"
+
+
+def test_probes_compute_what_they_say():
+    probe = probes._matmul("float32", 3, 4, 5)
+    _, result = probe.body(probe.carry)
+    assert result.shape == (3, 5)
+    assert np.allclose(result, probe.carry[0][2][0].T @ probe.carry[0][2][1])
+    sizes = [probe.size for probe in probes.probes() if probe.kind == "elementwise"]
+    assert sizes == sorted(sizes)
+
+
+RESIDUAL = Residual(
+    machine="m",
+    model="net",
+    batch=32,
+    plan="single",
+    predicted_seconds=1.0,
+    measured_seconds=1.2,
+    predicted_bytes=10,
+    measured_bytes=11,
+    date="2026-01-01T00:00:00",
+)
+
+
+def test_residuals_come_back_in_order(tmp_path):
+    path = tmp_path / "folder" / "residuals.jsonl"
+    assert load(path) == []
+    for batch in (1, 2, 3):
+        append(replace(RESIDUAL, batch=batch), path)
+    append(replace(RESIDUAL, machine="other"), path)
+    assert [each.batch for each in load(path, machine="m")] == [1, 2, 3]
+    assert len(load(path)) == 4
+
+
+@pytest.mark.parametrize("junk", ['{"machine": "m", "mod', "[]", '{"machine": "m"}', "\x00\xff", '{"a": NaN}'])
+def test_a_torn_line_costs_no_other(tmp_path, junk):
+    path = tmp_path / "residuals.jsonl"
+    append(RESIDUAL, path)
+    with path.open("a", encoding="latin-1") as file:
+        file.write(junk)
+    append(replace(RESIDUAL, batch=64), path)
+    assert [each.batch for each in load(path)] == [32, 64]
+
+
+def test_impossible_residuals_are_passed_over(tmp_path):
+    path = tmp_path / "residuals.jsonl"
+    for seconds in (0.0, -1.0, math.inf, math.nan):
+        append(replace(RESIDUAL, measured_seconds=seconds), path)
+    assert load(path) == []
+
+
+def test_the_file_stays_small_and_keeps_the_newest(tmp_path, monkeypatch):
+    path = tmp_path / "residuals.jsonl"
+    monkeypatch.setattr(residuals, "MOST_BYTES", 2000)
+    for batch in range(1, 101):
+        append(replace(RESIDUAL, batch=batch), path)
+    assert path.stat().st_size <= 2000
+    kept = [each.batch for each in load(path)]
+    assert kept == list(range(kept[0], 101))
+
+
+def test_processes_that_append_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "residuals.jsonl"
+    script = f"""
+from pathlib import Path
+from parafit.residuals import Residual, append
+for batch in range(50):
+    append(Residual(**{RESIDUAL.__dict__!r}), Path({str(path)!r}))
+"""
+    running = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(load(path)) == 150
+
+
+def test_correction_is_the_median_of_recent_fits_of_this_model_if_there_are_any():
+    slow = [replace(RESIDUAL, model="other", measured_seconds=3.0)] * 5
+    assert correction(slow) == pytest.approx(3.0)
+    assert correction([*slow, RESIDUAL], model="net", plan="single") == pytest.approx(1.2)
+    assert correction([replace(RESIDUAL, measured_seconds=100.0)] * 3 + [RESIDUAL] * residuals.RECENT) == pytest.approx(1.2)
+
+
+def test_a_corrected_prediction_is_nearer_to_what_comes():
+    load_factors = np.exp(np.random.default_rng(0).normal(np.log(1.4), 0.1, 40))
+    fits = [replace(RESIDUAL, measured_seconds=factor) for factor in load_factors]
+    raw = [abs(math.log(fit.measured_seconds / fit.predicted_seconds)) for fit in fits]
+    mended = [abs(math.log(fit.measured_seconds / fit.predicted_seconds / correction(fits[:place]))) for place, fit in enumerate(fits)]
+    assert np.median(mended) < np.median(raw) / 2
+
+
+def test_residuals_need_no_jax():
+    script = "import sys, parafit.residuals; print([name for name in ('jax', 'keras') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

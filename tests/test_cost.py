@@ -1,0 +1,147 @@
+"""Prices: parts add up, shares and collectives follow from the layouts, memory follows from liveness."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parafit.cost import Software, price
+from parafit.errors import ModelError, PlanError
+from parafit.machine import Machine
+from parafit.networks import Transformer, named, transformer
+from parafit.plan import STORED, Plan
+from parafit.shares import Shares
+
+WIDTHS = {"heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
+SMALL = Transformer(layers=8, hidden=1024, heads=16, sequence=512, vocabulary=32000, batch=64, gradient_itemsize=4)
+PROGRAM = transformer(SMALL)
+
+
+def plan(*, data=1, tensor=1, pipeline=1, zero=0, sequence=False, **more):
+    axes = {axis: size for axis, size in (("pipeline", pipeline), ("data", data), ("tensor", tensor)) if size > 1}
+    compute = {"batch": "data", **WIDTHS, "blocks": "pipeline"} | ({"sequence": "tensor"} if sequence else {})
+    store = dict.fromkeys(STORED[:zero], "data")
+    return Plan(axes=axes, compute={dim: axis for dim, axis in compute.items() if axis in axes}, store=store, precision="bfloat16", **more)
+
+
+def cost(chosen, program=PROGRAM, machine="a100x8", **software):
+    return price(program, chosen, Machine.load(machine).of(chosen.device_count), software=Software(**software))
+
+
+PLANS = st.builds(
+    plan,
+    data=st.sampled_from([2, 4, 8]),
+    tensor=st.sampled_from([1, 2, 4]),
+    pipeline=st.sampled_from([1, 2, 4]),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    sequence=st.booleans(),
+    microbatches=st.sampled_from([1, 2, 4, 8]),
+    recompute=st.sampled_from(["none", "blocks"]),
+).filter(lambda chosen: chosen.device_count > 1)
+
+
+@given(PLANS)
+def test_parts_sum_to_the_whole_and_none_is_negative(chosen):
+    found = cost(chosen)
+    assert found.seconds == pytest.approx(sum(found.times.values()), rel=1e-12)
+    assert found.peak_bytes == pytest.approx(sum(found.memory.values()), abs=1)
+    assert all(value >= 0 for value in (*found.times.values(), *found.memory.values()))
+    assert all(name.split()[0] in str(found) for name, value in found.times.items() if value)
+
+
+@given(PLANS)
+def test_a_slower_machine_takes_no_less_time(chosen):
+    fast = Machine.load("a100x8").of(chosen.device_count)
+    device = dataclasses.replace(fast.device, memory_bytes_per_second=fast.device.memory_bytes_per_second / 2)
+    slow = dataclasses.replace(fast, device=device, inner=dataclasses.replace(fast.inner, bytes_per_second=fast.inner.bytes_per_second / 2))
+    assert price(PROGRAM, chosen, slow).seconds >= price(PROGRAM, chosen, fast).seconds
+
+
+@given(PLANS, st.integers(2, 4))
+def test_a_larger_batch_takes_no_less_time_or_memory(chosen, times):
+    larger = transformer(dataclasses.replace(SMALL, batch=SMALL.batch * times))
+    before, after = cost(chosen), cost(chosen, larger)
+    assert after.seconds >= before.seconds
+    assert after.peak_bytes >= before.peak_bytes
+
+
+def exchanges(chosen, phase="forward"):
+    shares = Shares(PROGRAM, chosen)
+    blocks = [operation for operation in PROGRAM.operations if operation.phase == phase and operation.count > 1]
+    return [exchange.kind for operation in blocks for exchange in shares.of(operation).exchanges if exchange.axis == "tensor"]
+
+
+def test_tensor_parallel_blocks_need_the_collectives_of_megatron():
+    assert exchanges(plan(tensor=4)) == ["all-reduce"] * 2
+    assert exchanges(plan(tensor=4, sequence=True)) == ["all-gather", "reduce-scatter"] * 2
+
+
+def test_tensor_parallel_products_are_whole_over_all_devices():
+    for operation in (operation for operation in PROGRAM.operations if operation.kind == "matmul"):
+        share = Shares(PROGRAM, plan(tensor=4, data=2, microbatches=4)).of(operation)
+        assert share.flops * 4 * 2 * 4 == pytest.approx(operation.flops)
+
+
+def test_activations_are_those_of_korthikanti():
+    """34 sbh + 5 as²b bytes a layer with dropout and stored scores (arXiv 2205.05198, equation 1)."""
+    shape = Transformer(layers=12, hidden=1024, heads=16, sequence=512, vocabulary=64, batch=4, fused=False, dropout=True)
+    found = cost(Plan(precision="bfloat16"), transformer(shape))
+    formula = shape.layers * shape.sequence * shape.batch * shape.hidden * (34 + 5 * shape.heads * shape.sequence / shape.hidden)
+    assert found.memory["activations"] == pytest.approx(formula, rel=0.03)
+
+
+def test_recomputation_keeps_what_passes_between_blocks():
+    kept, again = cost(Plan(precision="bfloat16")), cost(Plan(precision="bfloat16", recompute="blocks"))
+    passed = SMALL.layers * SMALL.batch * SMALL.sequence * SMALL.hidden * 2
+    assert passed <= again.memory["activations"] < 0.2 * kept.memory["activations"] + 3e9
+    forward = sum(value for name, value in kept.times.items() if name.startswith("forward"))
+    assert 0.5 * forward < again.seconds - kept.seconds < forward
+
+
+def test_recomputation_leaves_out_what_backward_does_not_read():
+    chosen = Plan(precision="bfloat16", recompute="blocks")
+    assert cost(chosen).seconds < cost(chosen, recomputes_all=True).seconds
+
+
+def test_zero_stages_split_what_they_say():
+    parts = [cost(plan(data=8, zero=zero)).memory for zero in range(4)]
+    for stage, name in ((1, "slots"), (2, "gradients"), (3, "parameters")):
+        assert parts[stage][name] == pytest.approx(parts[stage - 1][name] / 8, rel=0.01)
+
+
+def test_pipelines_idle_for_their_depth_over_microbatches():
+    """(p - 1) / m of the busy time for equal stages, divided by the chunks of an interleaved schedule (Narayanan et al. 2021)."""
+    deep = named("gpt:layers=32,hidden=1024,heads=16,vocabulary=256", batch=64)
+    found = cost(plan(pipeline=4, microbatches=16), deep)
+    busy = sum(value for name, value in found.times.items() if name.startswith(("forward", "backward")))
+    assert found.times["bubble"] == pytest.approx(busy * 3 / 16, rel=0.15)
+    twice = cost(plan(pipeline=4, microbatches=16, interleave=2), deep)
+    assert twice.times["bubble"] == pytest.approx(found.times["bubble"] / 2, rel=0.2)
+
+
+def test_gradients_hide_behind_backward_only_where_the_software_does_so():
+    chosen = plan(data=8)
+    hidden, shown = cost(chosen), cost(chosen, overlap_gradients=False)
+    assert hidden.times["gradients data"] < 0.5 * shown.times["gradients data"]
+
+
+def test_a_slow_host_sets_the_pace_of_small_networks():
+    chosen = plan(data=2, microbatches=32)
+    assert cost(chosen, launch_seconds=1e-3).seconds > 2 * cost(chosen).seconds
+
+
+def test_a_dim_the_program_lacks():
+    with pytest.raises(PlanError, match=r"maps dim 'inner'.*has the dims batch, sequence"):
+        cost(Plan.parse("tensor=4"))
+
+
+@pytest.mark.parametrize("name", ["rnn:small", "gpt:huge", "gpt:layers=2", "gpt:layers=2,hidden=64,heads=4,wings=2"])
+def test_networks_that_do_not_exist(name):
+    with pytest.raises(ModelError, match="gpt"):
+        named(name)
+
+
+def test_named_networks_have_the_parameters_they_are_called_after():
+    for name, billions in (("gpt:1.3b", 1.3), ("gpt:175b", 175), ("gpt:1t", 1008), ("llama:8b", 8.0), ("llama:70b", 70.6)):
+        assert named(name).bytes_of("parameter") / 2e9 == pytest.approx(billions, rel=0.05)

@@ -1,0 +1,170 @@
+"""`parafit plan` and `parafit machine`, and `find_plan` for Keras models."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import parafit
+from parafit import cli, planner
+from parafit.errors import MachineError, ModelError
+from parafit.machine import Machine
+from parafit.plan import Plan
+
+GPT = "gpt:layers=4,hidden=256,heads=8,sequence=128,vocabulary=1024"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run `parafit ARGUMENTS` in a folder of its own; gives the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["parafit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def dense(loss="sparse_categorical_crossentropy", **options):
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(4, "softmax")])
+    model.compile("adam", loss, **options)
+    return model
+
+
+def test_plan_prints_and_writes(run, tmp_path):
+    code, out, err = run("plan", GPT, "--batch-size", 64, "--machine", "a100x8", "--hosts", 2, "--network", "400Gb",
+        "--instead", "tensor=8,precision=bfloat16", "--out", "plan.json", "--report", "plan.html")  # fmt: skip
+    assert (code, err) == (0, "")
+    plan = Plan.load(tmp_path / "plan.json")
+    for words in (f"plan    {plan.short()} (", "step    ", "memory  ", "why not", " is faster: ", "difference", "written  plan.json"):
+        assert words in out
+    html = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 3
+    assert "http" not in html.replace("http://www.w3.org", "")
+    assert "Time against memory" in html
+
+
+def test_goal_memory_and_techniques_can_be_asked_for(run):
+    code, out, _ = run("plan", GPT, "--batch-size", 64, "--machine", "a100x8", "--goal", "memory", "--allow", "data, zero", "--max-gib", 30)
+    assert code == 0
+    assert out.startswith("plan    data=8,zero=3")
+    assert "of 30.0 GiB a device" in out
+
+
+def test_plan_of_a_keras_file(run, tmp_path):
+    dense().save(tmp_path / "net.keras")
+    code, out, err = run("plan", "net.keras", "--batch-size", 32)
+    assert (code, err) == (0, "")
+    assert out.startswith("plan    single")
+
+
+def test_plan_of_a_python_file(run, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import keras\ndef build_model(input_shape, output_size):\n"
+        "    return keras.Sequential([keras.Input(input_shape), keras.layers.Dense(output_size)])\n"
+    )
+    assert run("plan", "net.py", "--batch-size", 8, "--sizes", 5, 2)[0] == 0
+    code, _, err = run("plan", "net.py", "--batch-size", 8)
+    assert code == 2
+    assert "--sizes INPUTS OUTPUTS" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt:huge", "--batch-size", 8, "--machine", "h100x8"], "cannot read 'gpt:huge'"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h1000"], "Presets are"),
+        (["gpt:125m", "--batch-size", 8, "--hosts", 4], "name it with --machine"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--allow", "magic"], "allow names 'magic'"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--max-gib", 0.1], "The smallest is"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--instead", "data=9"], "wants 9 devices"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--out", "no/plan.json"], "cannot write 'no/plan.json'"),
+        (["absent.keras", "--batch-size", 8], "there is no file"),
+    ],
+)
+def test_what_cannot_be_planned(run, arguments, message):
+    code, _, err = run("plan", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_machine_prints_numbers_with_sources(run):
+    code, out, err = run("machine", "h100x8", "--hosts", 4)
+    assert (code, err) == (0, "")
+    assert out.startswith("h100x8\n")
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert "asked for" in lines["hosts"]
+    assert "datasheet" in lines["device.peak_flops.bfloat16"]
+
+
+def test_this_machine_counts_its_processor_once(run):
+    code, out, _ = run("machine")
+    assert code == 0
+    assert "device.memory_bytes" in out
+    assert planner.this_machine().devices_per_host == 1
+
+
+def test_machines_that_cannot_be_shown(run):
+    for arguments, message in ((["h100x8", "--calibrate"], "can be calibrated"), (["--hosts", 2], "go with the name of a machine")):
+        code, _, err = run("machine", *arguments)
+        assert code == 2
+        assert message in err
+
+
+def test_find_plan_of_a_keras_model():
+    plan = parafit.find_plan(dense(), batch_size=64)
+    assert plan.device_count == 1
+    assert plan.ranking.program.sizes["batch"] == 64
+    there = parafit.find_plan(dense(), batch_size=1 << 20, machine="h100x8", allow=["data"])
+    assert there.axes == {"data": 8}
+    assert "is faster: " in parafit.explain(there, "single")
+
+
+def test_find_plan_reads_data_shapes_and_models_alike():
+    x, y = np.zeros((100, 20), "float32"), np.zeros(100, "int32")
+    programs = [planner.keras_program(dense(), *data, batch_size=16)[0] for data in ((x, y), ((20,),), ())]
+    sizes = [sorted((tensor.shape, tensor.itemsize) for tensor in program.of_role("input")) for program in programs]
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert programs[0].flops == programs[1].flops == programs[2].flops
+
+
+def test_find_plan_of_several_inputs_and_outputs():
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((4,), name="b")}
+    joined = keras.layers.Concatenate()(list(inputs.values()))
+    model = keras.Model(inputs, [keras.layers.Dense(2)(joined), keras.layers.Dense(3, "softmax")(joined)])
+    model.compile("sgd", ["mse", "sparse_categorical_crossentropy"])
+    program, refused = planner.keras_program(model, batch_size=8)
+    assert not refused
+    assert sorted(tensor.shape for tensor in program.of_role("input")) == [(8,), (8, 2), (8, 3), (8, 4)]
+
+
+def test_batch_statistics_and_own_steps_limit_the_search():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert planner.keras_program(model, batch_size=8)[0].couples_batch
+
+    class Own(keras.Sequential):
+        def train_step(self, state, data):
+            return super().train_step(state, data)
+
+    own = Own([keras.Input((8,)), keras.layers.Dense(1)])
+    own.compile("sgd", "mse")
+    assert planner.keras_program(own, batch_size=8)[1] == {"microbatches", "recompute"}
+
+
+def test_models_that_cannot_be_planned():
+    with pytest.raises(ModelError, match="not compiled"):
+        parafit.find_plan(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), batch_size=4)
+    with pytest.raises(ModelError, match="needs batch_size="):
+        parafit.find_plan("gpt:125m", machine="h100x8")
+    with pytest.raises(MachineError, match="Presets are"):
+        parafit.find_plan("gpt:125m", batch_size=8, machine="nothing")
+    free = keras.Sequential([keras.Input((None, 4)), keras.layers.LSTM(3)])
+    free.compile("sgd", "mse")
+    with pytest.raises(ModelError, match="reads rows of any length"):
+        parafit.find_plan(free, batch_size=4)
+    assert parafit.find_plan(free, (10, 4), batch_size=4, machine=Machine.load("h100x8").of(1)).device_count == 1
