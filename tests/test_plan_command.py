@@ -1,5 +1,6 @@
 """`parafit plan` and `parafit machine`, and `find_plan` for Keras models."""
 
+import dataclasses
 import sys
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import parafit
-from parafit import cli, planner
+from parafit import cli, planner, residuals
 from parafit.errors import MachineError, ModelError
 from parafit.machine import Machine
 from parafit.plan import Plan
@@ -113,6 +114,23 @@ def test_machines_that_cannot_be_shown(run):
         code, _, err = run("machine", *arguments)
         assert code == 2
         assert message in err
+
+
+def test_report_of_past_fits(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "residuals.jsonl")
+    code, _, err = run("report")
+    assert code == 2
+    assert "no fit was scored yet" in err
+    fit = residuals.Residual(machine="m", model="net<1>", batch=32, plan="single", predicted_seconds=1.1e-3, measured_seconds=1e-3,
+        predicted_bytes=2e6, measured_bytes=2.2e6, date="2026-01-01T00:00:00")  # fmt: skip
+    for factor in (1, 2, 3):
+        residuals.append(dataclasses.replace(fit, measured_seconds=factor * 1e-3), tmp_path / "residuals.jsonl")
+    code, out, err = run("report", "--out", "page.html")
+    assert (code, err) == (0, "")
+    assert out.startswith("3 fits: step time off by 45 % (median), 63 % (most)")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 2
+    assert "net&lt;1&gt;" in html
 
 
 def test_find_plan_of_a_keras_model():

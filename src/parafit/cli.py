@@ -113,3 +113,13 @@ def machine(name: str | None, **options) -> int:
 
     click.echo(plan_command.machine_text(name, **options))
     return 0
+
+
+@commands.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="parafit-report.html", show_default=True, help="The page to write.")
+def report(out: Path) -> int:
+    """Plot predicted against measured time and memory of the fits that ran on this machine."""
+    from parafit import plan_command
+
+    click.echo(plan_command.report_text(out))
+    return 0

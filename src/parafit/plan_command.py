@@ -1,16 +1,22 @@
-"""`parafit plan` and `parafit machine`: what a plan would take, and what a machine's numbers are, on the terminal and as a page."""
+"""`parafit plan`, `machine` and `report`: what a plan would take, what a machine's numbers are, and how good predictions were."""
 
+import json
+import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from parafit import residuals
 from parafit.compare import explain
-from parafit.errors import MachineError, ModelError, OutputError
+from parafit.errors import DataError, MachineError, ModelError, OutputError
 from parafit.machine import Machine
 from parafit.networks import FAMILIES
 from parafit.planner import find_plan, this_machine
 from parafit.ranking import Ranking
-from parafit.report import Section, code, page, parts_plot, points_plot, table
+from parafit.report import Section, code, page, parts_plot, points_plot, scatter_plot, table
 
 
 def plan_text(
@@ -73,7 +79,9 @@ def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
 
     path = network.check_model_file(model)
     if path.suffix == ".keras":
-        loaded = network.load_keras_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an optimizer that never ran has no slots in the file: they do not matter here
+            loaded = network.load_keras_file(path)
     elif sizes is None:
         raise ModelError(f"build_model in {str(path)!r} wants the numbers of inputs and outputs: give them with --sizes INPUTS OUTPUTS.")
     else:
@@ -136,6 +144,41 @@ def machine_text(name: str | None, *, hosts: int | None = None, network: str | N
     return "\n".join([machine.name, *(f"  {path:{width}}  {amount:>{amounts}}  {source}" for path, amount, source in rows)])
 
 
+def report_text(out: Path) -> str:
+    """Write a page of predicted against measured over the fits that this machine remembers, and give the text to print.
+
+    Raises:
+        DataError: nothing was fitted yet.
+    """
+    fits = residuals.load()
+    if not fits:
+        raise DataError(f"no fit was scored yet ({residuals.residuals_path()} holds none): run parafit.fit or parafit train first.")
+    _write(out, residuals_page(fits))
+    errors = sorted(abs(_error(fit)) for fit in fits)
+    return f"{len(fits)} fits: step time off by {statistics.median(errors):.0%} (median), {errors[-1]:.0%} (most)\nwritten  {out}".replace(
+        "%", " %"
+    )
+
+
+def residuals_page(fits: list[residuals.Residual]) -> str:
+    """Predicted against measured seconds and bytes of past fits, as one self-contained HTML page."""
+    seconds = np.array([[fit.measured_seconds, fit.predicted_seconds] for fit in fits]).T * 1e3
+    sized = [[fit.measured_bytes, fit.predicted_bytes] for fit in fits if fit.measured_bytes and fit.predicted_bytes]
+    pieces = [scatter_plot(*seconds, "step, ms", known="measured", scale="log")]
+    if sized:
+        pieces.append(scatter_plot(*np.array(sized).T / 2**20, "peak, MiB", known="measured", scale="log"))
+    rows = [
+        [fit.date[:16], fit.model, fit.batch, fit.plan, fit.predicted_seconds * 1e3, fit.measured_seconds * 1e3, 100 * _error(fit)]
+        for fit in fits
+    ]
+    header = ["ended", "model", "batch", "plan", "predicted, ms", "measured, ms", "off by, %"]
+    return page("Predicted against measured", f"{len(fits)} fits", [Section(heading="Fits", pieces=[*pieces, table(header, rows[::-1])])])
+
+
+def _error(fit: residuals.Residual) -> float:
+    return fit.predicted_seconds / fit.measured_seconds - 1
+
+
 def _point(cost) -> tuple[float, float]:
     return cost.peak_bytes / 2**30, cost.seconds * 1e3
 
@@ -148,7 +191,6 @@ def _calibrated() -> Machine:
 
 def _numbers(machine: Machine) -> Iterator[tuple[str, str, str]]:
     """Place, value and source of every number that has one or is not 0."""
-    import json
 
     def walk(content: Any, path: str) -> Iterator[tuple[str, str, str]]:
         if isinstance(content, dict) and set(content) == {"value", "source"}:

@@ -104,7 +104,8 @@ def gibibytes(bytes_: float) -> str:
     >>> gibibytes(3 << 30), gibibytes(3 << 20)
     ('3.0 GiB', '3.0 MiB')
     """
-    return f"{bytes_ / 2**30:,.1f} GiB" if abs(bytes_) >= 2**30 else f"{bytes_ / 2**20:,.1f} MiB"
+    power, unit = next((pair for pair in ((30, "GiB"), (20, "MiB")) if abs(bytes_) >= 2 ** pair[0]), (10, "KiB"))
+    return f"{bytes_ / 2**power:,.1f} {unit}"
 
 
 def milliseconds(seconds: float) -> str:

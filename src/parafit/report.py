@@ -139,8 +139,16 @@ def confusion_plot(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> st
     return _figure(draw, (side, side))
 
 
-def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str) -> str:
-    """Predicted against true values, with the line on which they are equal, as inline SVG (at most 2,000 points)."""
+def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str, *, known: str = "true", scale: str = "linear") -> str:
+    """Predicted against true values, with the line on which they are equal, as inline SVG (at most 2,000 points).
+
+    Args:
+        truth: true values.
+        predicted: predicted values, as many.
+        name: what they are.
+        known: another word for "true", such as "measured".
+        scale: of both axes, "linear" or "log".
+    """
     step = max(1, len(truth) // 2000)
     truth, predicted = truth[::step], predicted[::step]
 
@@ -148,7 +156,7 @@ def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str) -> str:
         ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
         axes.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
         axes.scatter(truth, predicted, s=12, color=BLUE, alpha=0.6, linewidths=0)
-        axes.set(title="Predicted against true", xlabel=f"true {name}", ylabel=f"predicted {name}")
+        axes.set(title=f"Predicted against {known}", xlabel=f"{known} {name}", ylabel=f"predicted {name}", xscale=scale, yscale=scale)
 
     return _figure(draw, (4.6, 4.2))
 
