@@ -4,12 +4,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-all check bench docs clean
 
 demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
 
-test: $(VENV)/.test  ## the whole test suite and the doctests
+test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests
+	$(RUN) -m pytest --numprocesses 2 -m 'not slow'
+
+test-all: $(VENV)/.test  ## every test: a quarter of an hour more
 	$(RUN) -m pytest --numprocesses 2
 
 check: $(VENV)/.dev  ## format, lint and types
@@ -22,7 +25,7 @@ bench: $(VENV)/.bench  ## a short benchmark against Keras, TensorFlow, PyTorch a
 
 docs: $(VENV)/.parafit  ## the API reference as text, out/api.txt
 	mkdir -p out
-	for module in parafit parafit.api parafit.plan parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
+	for module in parafit parafit.api parafit.plan parafit.machine parafit.cost parafit.search parafit.planner parafit.explain parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "parafit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Run: make PYTHON=python3.11 ...")'
