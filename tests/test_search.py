@@ -228,7 +228,7 @@ def test_what_no_plan_satisfies_names_the_smallest():
         ({"goal": "speed"}, "goal='speed': choose one of time, memory, cost"),
         ({"max_bytes": 0}, "max_bytes=0: expected a number of bytes above 0"),
         ({"allow": {"data", "model"}}, "allow names 'model', which parafit does not know: choose from data, tensor,"),
-        ({"max_bytes": 1e6}, "no plan of .* fits into 1.0 MiB a device"),
+        ({"max_bytes": 2**20}, "no plan of .* fits into 1.0 MiB a device"),
     ],
 )
 def test_bad_questions(options, message):

@@ -155,24 +155,28 @@ def report_text(out: Path) -> str:
         raise DataError(f"no fit was scored yet ({residuals.residuals_path()} holds none): run parafit.fit or parafit train first.")
     _write(out, residuals_page(fits))
     errors = sorted(abs(_error(fit)) for fit in fits)
-    return f"{len(fits)} fits: step time off by {statistics.median(errors):.0%} (median), {errors[-1]:.0%} (most)\nwritten  {out}".replace(
-        "%", " %"
-    )
+    words = f"step time off by {statistics.median(errors):.0%} (median), {errors[-1]:.0%} (most)".replace("%", " %")
+    return f"{len(fits)} fits: {words}\nwritten  {out}"
 
 
 def residuals_page(fits: list[residuals.Residual]) -> str:
     """Predicted against measured seconds and bytes of past fits, as one self-contained HTML page."""
-    seconds = np.array([[fit.measured_seconds, fit.predicted_seconds] for fit in fits]).T * 1e3
-    sized = [[fit.measured_bytes, fit.predicted_bytes] for fit in fits if fit.measured_bytes and fit.predicted_bytes]
-    pieces = [scatter_plot(*seconds, "step, ms", known="measured", scale="log")]
+    pieces = [_predictions([(fit.measured_seconds * 1e3, fit.predicted_seconds * 1e3) for fit in fits], "step, ms")]
+    sized = [(fit.measured_bytes / 2**20, fit.predicted_bytes / 2**20) for fit in fits if fit.measured_bytes and fit.predicted_bytes]
     if sized:
-        pieces.append(scatter_plot(*np.array(sized).T / 2**20, "peak, MiB", known="measured", scale="log"))
-    rows = [
-        [fit.date[:16], fit.model, fit.batch, fit.plan, fit.predicted_seconds * 1e3, fit.measured_seconds * 1e3, 100 * _error(fit)]
-        for fit in fits
-    ]
+        pieces.append(_predictions(sized, "peak, MiB"))
+    rows = [[fit.date[:16], fit.model, fit.batch, fit.plan, *_times(fit), 100 * _error(fit)] for fit in fits]
     header = ["ended", "model", "batch", "plan", "predicted, ms", "measured, ms", "off by, %"]
     return page("Predicted against measured", f"{len(fits)} fits", [Section(heading="Fits", pieces=[*pieces, table(header, rows[::-1])])])
+
+
+def _predictions(pairs: list[tuple[float, float]], name: str) -> str:
+    measured, predicted = np.array(pairs).T
+    return scatter_plot(measured, predicted, name, known="measured", scale="log")
+
+
+def _times(fit: residuals.Residual) -> tuple[float, float]:
+    return fit.predicted_seconds * 1e3, fit.measured_seconds * 1e3
 
 
 def _error(fit: residuals.Residual) -> float:
