@@ -25,7 +25,7 @@ bench: $(VENV)/.bench  ## a short benchmark against Keras, TensorFlow, PyTorch a
 
 docs: $(VENV)/.parafit  ## the API reference as text, out/api.txt
 	mkdir -p out
-	for module in parafit parafit.api parafit.plan parafit.machine parafit.cost parafit.search parafit.planner parafit.explain parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
+	for module in parafit parafit.api parafit.plan parafit.machine parafit.cost parafit.search parafit.planner parafit.compare parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "parafit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Run: make PYTHON=python3.11 ...")'
