@@ -51,7 +51,7 @@ def explain(
     limit = ranking.limit_bytes if ranking else machine.device.memory_bytes
     names = [label(each) for each in plans]
     names = [f"{name} ({mark})" for name, mark in zip(names, "12")] if names[0] == names[1] else names
-    return "\n".join([*_terms(costs, names), "", verdict(costs, names, limit)])
+    return "\n".join([*(f"{mark}  {name}" for mark, name in zip("12", names)), "", *_terms(costs), "", verdict(costs, names, limit)])
 
 
 def verdict(costs: Costs, names: list[str], limit_bytes: float) -> str:
@@ -90,8 +90,8 @@ def _check_devices(plan: Plan, machine: Machine) -> None:
         )
 
 
-def _terms(costs: Costs, names: list[str]) -> list[str]:
-    rows = [("", *names, "difference")]
+def _terms(costs: Costs) -> list[str]:
+    rows = [("", "1", "2", "difference")]
     for heading, parts, write in (
         ("step", [cost.times for cost in costs], milliseconds),
         ("memory", [cost.memory for cost in costs], gibibytes),

@@ -196,9 +196,9 @@ def points_plot(title: str, points: Mapping[str, tuple[float, float]], limit: fl
             axes.annotate(name, point, xytext=(4, 4), textcoords="offset points")
         axes.axvline(limit, color=_INK, linewidth=0.8, linestyle=":", label="memory of a device")
         axes.set(title=title, xlabel="memory, GiB a device", ylabel="step, ms", xscale="log", yscale="log")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.18))
 
-    return _figure(draw, (4.6, 3.6))
+    return _figure(draw, (4.6, 4.2))
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
