@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
+from parafit import residuals
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 
@@ -17,6 +19,13 @@ def _same_start():
     keras.utils.set_random_seed(1)
     yield
     keras.backend.clear_session()
+
+
+@pytest.fixture(autouse=True)
+def _own_residuals(monkeypatch, tmp_path_factory):
+    """Scores of the tests' fits stay out of the user's."""
+    path = tmp_path_factory.getbasetemp() / "residuals.jsonl"
+    monkeypatch.setattr(residuals, "residuals_path", lambda: path)
 
 
 @pytest.fixture

@@ -50,6 +50,15 @@ def test_parts_sum_to_the_whole_and_none_is_negative(chosen):
     assert all(name.split()[0] in str(found) for name, value in found.times.items() if value)
 
 
+def test_what_a_loop_exchanges_is_counted_in_every_turn():
+    turned = dataclasses.replace(PROGRAM, operations=tuple(dataclasses.replace(operation, steps=3) for operation in PROGRAM.operations))
+    chosen, once, often = plan(tensor=4), cost(plan(tensor=4)), cost(plan(tensor=4), turned)
+    assert once.times["all-reduce tensor"] > 0
+    assert often.times["all-reduce tensor"] == pytest.approx(3 * once.times["all-reduce tensor"])
+    loops = [dataclasses.replace(operation, kind="loop") for operation in PROGRAM.operations]
+    assert not any(Shares(PROGRAM, chosen).of(loop).exchanges for loop in loops)
+
+
 @given(PLANS)
 def test_a_slower_machine_takes_no_less_time(chosen):
     fast = Machine.load("a100x8").of(chosen.device_count)

@@ -1,33 +1,18 @@
 """`parafit plan` and `parafit machine`, and `find_plan` for Keras models."""
 
 import dataclasses
-import sys
 
 import keras
 import numpy as np
 import pytest
 
 import parafit
-from parafit import cli, planner, residuals
+from parafit import planner, residuals
 from parafit.errors import MachineError, ModelError
 from parafit.machine import Machine
 from parafit.plan import Plan
 
 GPT = "gpt:layers=4,hidden=256,heads=8,sequence=128,vocabulary=1024"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run `parafit ARGUMENTS` in a folder of its own; gives the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["parafit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 def dense(loss="sparse_categorical_crossentropy", **options):
@@ -131,6 +116,25 @@ def test_report_of_past_fits(run, tmp_path, monkeypatch):
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert html.count("<svg") == 2
     assert "net&lt;1&gt;" in html
+
+
+def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "residuals.jsonl")
+    x, y = np.ones((100, 20), "float32"), np.zeros(100, "int32")
+    parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=0)
+    assert residuals.load() == []
+    parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2, plan="data=2")
+    (fit,) = residuals.load()
+    assert (fit.batch, fit.plan) == (16, "data=2")
+    assert min(fit.predicted_seconds, fit.measured_seconds, fit.predicted_bytes) > 0
+    assert run("report")[0] == 0
+
+
+def test_a_place_that_cannot_be_written_costs_no_fit(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "file" / "residuals.jsonl")
+    parafit.fit(dense(), np.ones((100, 20), "float32"), np.zeros(100, "int32"), verbose=2)
+    assert "could not be kept for `parafit report`" in capsys.readouterr().out
 
 
 def test_find_plan_of_a_keras_model():

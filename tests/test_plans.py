@@ -11,6 +11,7 @@ from keras import layers
 import parafit
 from parafit import chunk
 from parafit.errors import PlanError
+from tests.zoo import own_train_step
 
 ROWS = 28  # a batch of 16 and a short one of 12, which 8 devices do not divide
 
@@ -109,18 +110,6 @@ class _Block(keras.Model):
 
 def subclassed():
     return _compiled(_Block()), _numbers((12,)), _labels()
-
-
-class _OwnStep(keras.Model):
-    def train_step(self, state, data):
-        logs, state = super().train_step(state, data)
-        return {"loss": logs["loss"], "twice": 2 * logs["loss"]}, state
-
-
-def own_train_step():
-    inputs = keras.Input((12,))
-    outputs = layers.Dense(3, "softmax")(layers.Dense(8, "relu")(inputs))
-    return _compiled(_OwnStep(inputs, outputs)), _numbers((12,)), _labels()
 
 
 MODELS = {

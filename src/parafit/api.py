@@ -4,15 +4,17 @@ Each does the same: check the model and the plan, make a feed from the data, let
 over to `run`, which runs whole chunks of steps in compiled programs and calls the callbacks between them.
 """
 
+import datetime
 import warnings
 from typing import Any
 
-from parafit import compat, data, run
+from parafit import calibrate, compat, data, residuals, run
 from parafit.adapt import KerasModel
 from parafit.callbacks import batch_strides, callback_list
 from parafit.errors import ModelError, PlanError, ProgramError
 from parafit.mesh import Placement
 from parafit.plan import Plan
+from parafit.price import Price
 from parafit.progress import settle
 
 
@@ -119,6 +121,7 @@ def fit(
     )
     if price and pace.steps:
         print(price.score(pace.seconds / pace.steps))
+        _remember(model.name, placement.plan, feed.rows_per_batch, price, pace.seconds / pace.steps)
     return model.history
 
 
@@ -225,6 +228,25 @@ def _print_breaches(progress: run.Progress, arrays, shapes, name: str) -> None:
             print(f"parafit: not in the plan: {row}")
     except (ModelError, ProgramError) as error:
         print(f"parafit: the compiled program was not compared with the plan: {error}")
+
+
+def _remember(model: str, plan: Plan, batch: int, price: Price, seconds_per_step: float) -> None:
+    """Keep what was said before the run beside what it took, for `parafit report`."""
+    residual = residuals.Residual(
+        machine=calibrate.machine_id(),
+        model=model,
+        batch=batch,
+        plan=plan.short(),
+        predicted_seconds=price.seconds_per_step,
+        measured_seconds=seconds_per_step,
+        predicted_bytes=price.peak_bytes,
+        measured_bytes=0,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    try:
+        residuals.append(residual)
+    except OSError as error:
+        print(f"parafit: this run's score could not be kept for `parafit report`: {error}")
 
 
 def _why_stepwise(adapter: KerasModel, *parts) -> str | None:

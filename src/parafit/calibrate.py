@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import numpy as np
 
 from parafit.cluster import cache_directory
 from parafit.errors import MachineError
+from parafit.files import write_whole
 from parafit.machine import Device, Link, Machine, Matmul
 from parafit.probes import Probe, probes
 
@@ -85,7 +85,8 @@ def calibrate(seconds: float = 30.0) -> Machine:
     found = detect()
     others = {"feed_bytes_per_second": feed_rate(), "dispatch_seconds": dispatch_seconds()}
     machine = _linked(_described(found, _measure(list(probes()), ends), others))
-    _write(machine_path(), machine.to_json())
+    machine_path().parent.mkdir(parents=True, exist_ok=True)
+    write_whole(machine_path(), machine.to_json())
     return machine
 
 
@@ -124,14 +125,6 @@ def _memory_bytes() -> float:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else ""
     return float(min(whole, int(text)) if text.isdigit() else whole)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that no reader ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 # From times to numbers ---------------------------------------------------------------------------------------------------------------

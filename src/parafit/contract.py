@@ -293,8 +293,7 @@ def _exchanged(shares: Shares) -> Iterator[Collective]:
     plan = shares.plan
     for operation in shares.program.operations:
         times = operation.count * operation.steps * (1 if operation.phase == "update" else plan.microbatches)
-        # What a loop hands from turn to turn is listed with it, but exchanged by the operations inside.
-        for exchange in shares.of(operation).exchanges if operation.kind != "loop" else ():
+        for exchange in shares.of(operation).exchanges:
             scattered = exchange.tensor.role == "gradient" and exchange.axis == plan.store.get("gradient")
             kind = REDUCE_SCATTER if scattered else exchange.kind
             found = Collective(kind=kind, axis=exchange.axis, bytes=round(exchange.bytes), count=times, source=exchange.tensor.name)

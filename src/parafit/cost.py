@@ -123,10 +123,10 @@ def price(program: Program, plan: Plan, machine: Machine, *, software: Software 
     >>> abs(sum(cost.times.values()) - cost.seconds) < 1e-12
     True
     """
-    return _Pricing(program, plan, machine, software or Software()).cost()
+    return Pricing(program, plan, machine, software or Software()).cost()
 
 
-class _Pricing:
+class Pricing:
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software):
@@ -165,9 +165,9 @@ class _Pricing:
                 key = (exchange.tensor.name, exchange.axis, operation.phase)
                 if exchange.tensor.role not in ("gradient", "parameter") and (exchange.kind != ALL_GATHER or key not in seen):
                     seen.add(key)
-                    launches += 1
+                    launches += operation.steps
                     name = f"{exchange.kind} {exchange.axis}"
-                    part[name] = part.get(name, 0.0) + self.exposed(exchange, sum(part.values()))
+                    part[name] = part.get(name, 0.0) + self.exposed(exchange, sum(part.values()) / operation.steps) * operation.steps
             idle = self.software.launch_seconds * launches - sum(part.values())
             launched[operation.phase] += idle
             _merge(times, part)
@@ -310,7 +310,8 @@ class _Pricing:
             if operation.phase == "backward" and (place != "first" or self.stages == 1):
                 for exchange in self.shares.of(operation).exchanges:
                     if exchange.tensor.role == "gradient":
-                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + exchange.bytes * self.copies(operation.count)
+                        bytes_ = exchange.bytes * operation.steps * self.copies(operation.count)
+                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + bytes_
         return {f"gradients {axis}": self.gradient_seconds(axis, bytes_, times) for axis, bytes_ in sums.items()}
 
     def gradient_seconds(self, axis: str, bytes_: float, times: Mapping[str, float]) -> float:

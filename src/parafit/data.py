@@ -65,6 +65,11 @@ class Feed:
     def steps_per_epoch(self) -> Any:
         return self._batches.steps_per_epoch
 
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of a whole batch; only of arrays is it known."""
+        return min(self._batches.batch_size, len(jax.tree.leaves(self._arrays)[0]))
+
     def example(self) -> Any:
         """One batch to build a model on."""
         self._drawn = next(self._batches.epoch())
@@ -73,9 +78,8 @@ class Feed:
     def shapes(self) -> Any:
         """The arrays of one batch as shapes; a batch is drawn (and, of a generator, lost) only where nothing else tells them."""
         if self._arrays is None:
-            return jax.tree.map(_spec, self._drawn or self.example())
-        rows = len(jax.tree.leaves(self._arrays)[0])
-        return jax.tree.map(lambda array: _rows_spec(array, min(self._batches.batch_size, rows)), self._arrays)
+            return jax.tree.map(_spec, self.example() if self._drawn is None else self._drawn)
+        return jax.tree.map(lambda array: _rows_spec(array, self.rows_per_batch), self._arrays)
 
     def keep_on(self, placement: Placement) -> None:
         """Keep the data on the devices if it fits there; blocks then carry row numbers."""
@@ -93,8 +97,7 @@ class Feed:
         """Block arrays of every shape an epoch will have, holding the first rows; empty where the source does not tell."""
         if self._arrays is None:
             return []
-        rows = len(jax.tree.leaves(self._arrays)[0])
-        batch_size = min(self._batches.batch_size, rows)
+        rows, batch_size = len(jax.tree.leaves(self._arrays)[0]), self.rows_per_batch
         sizes = [batch_size, rows % batch_size] if self._batches.steps_per_epoch * batch_size > rows else [batch_size]
         return [self._fill(iter(()), np.arange(size), 1)[0].arrays for size in sizes if size]
 

@@ -94,10 +94,6 @@ class Placement:
         split = NamedSharding(self.mesh, PartitionSpec(self._batch_axes))
         return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, split) if array.ndim else array, batch)
 
-    def gather(self, batch: Any) -> Any:
-        """Inside a program: bring whole arrays to every device."""
-        return batch if self.mesh is None else jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), batch)
-
     def stored(self, owner: Owner, array: Any) -> NamedSharding | None:
         """Where an array of the state rests between steps."""
         return self._sharding(self.layout.store.get(owner.role, self.layout.compute).get(owner.path, ()), array.shape)

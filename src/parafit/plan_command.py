@@ -12,6 +12,7 @@ import numpy as np
 from parafit import residuals
 from parafit.compare import explain
 from parafit.errors import DataError, MachineError, ModelError, OutputError
+from parafit.files import write_whole
 from parafit.machine import Machine
 from parafit.networks import FAMILIES
 from parafit.planner import find_plan, this_machine
@@ -85,7 +86,7 @@ def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
     elif sizes is None:
         raise ModelError(f"build_model in {str(path)!r} wants the numbers of inputs and outputs: give them with --sizes INPUTS OUTPUTS.")
     else:
-        loaded = network._call_build_model(path, *sizes)
+        loaded = network.call_build_model(path, *sizes)
     if not loaded.compiled:
         loaded.compile("adam", "mse")
     return loaded
@@ -152,7 +153,8 @@ def report_text(out: Path) -> str:
     """
     fits = residuals.load()
     if not fits:
-        raise DataError(f"no fit was scored yet ({residuals.residuals_path()} holds none): run parafit.fit or parafit train first.")
+        where = residuals.residuals_path()
+        raise DataError(f"no fit was scored yet ({where} holds none): run parafit.fit with its progress shown (verbose=1) first.")
     _write(out, residuals_page(fits))
     errors = sorted(abs(_error(fit)) for fit in fits)
     words = f"step time off by {statistics.median(errors):.0%} (median), {errors[-1]:.0%} (most)".replace("%", " %")
@@ -210,6 +212,6 @@ def _numbers(machine: Machine) -> Iterator[tuple[str, str, str]]:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}. Choose a place that can be written to.") from error

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
-from parafit.cost import Cost, Software, _Pricing
+from parafit.cost import Cost, Pricing, Software
 from parafit.machine import Machine
 from parafit.memory import Stage, peak
 from parafit.plan import Plan
@@ -75,8 +75,8 @@ class Prices:
         return _Remembered(self.program, plan, self.machine, self.software, self._memo, self._traits)
 
 
-class _Remembered(_Pricing):
-    """`_Pricing` that looks into `memo` before it works a part out."""
+class _Remembered(Pricing):
+    """`Pricing` that looks into `memo` before it works a part out."""
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits"):
         super().__init__(program, plan, machine, software)

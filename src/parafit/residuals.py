@@ -8,12 +8,12 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parafit.cluster import cache_directory
+from parafit.files import write_whole
 
 MOST_BYTES = 1 << 20
 """A larger file is cut to the newer half of its records."""
@@ -31,7 +31,7 @@ class Residual:
         batch: rows of a step over all devices.
         plan: its text (`Plan.short`).
         predicted_seconds, measured_seconds: of one step; the prediction before any correction.
-        predicted_bytes, measured_bytes: peak of one device.
+        predicted_bytes, measured_bytes: peak of one device; 0 where it was not measured.
         date: when the fit ended, ISO 8601.
     """
 
@@ -109,13 +109,13 @@ def _parse(line: str) -> Residual | None:
         residual = Residual(**json.loads(line))
     except (json.JSONDecodeError, TypeError):
         return None
-    numbers = [getattr(residual, field.name) for field in fields(Residual) if field.name.endswith(("_seconds", "_bytes"))]
-    return residual if all(isinstance(number, (int, float)) and number > 0 and math.isfinite(number) for number in numbers) else None
+    times = residual.predicted_seconds, residual.measured_seconds
+    numbers = *times, residual.predicted_bytes, residual.measured_bytes
+    known = all(isinstance(number, (int, float)) and number >= 0 and math.isfinite(number) for number in numbers)
+    return residual if known and all(times) else None
 
 
 def _halve(path: Path) -> None:
     """Keep the newer half, in one step; what another process appends at that very moment may be lost."""
     lines = path.read_bytes().splitlines(keepends=True)
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as file:
-        file.writelines(lines[len(lines) // 2 :])
-    os.replace(file.name, path)
+    write_whole(path, b"".join(lines[len(lines) // 2 :]))

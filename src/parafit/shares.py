@@ -127,7 +127,9 @@ class Shares:
         inputs, outputs = [tensors[name] for name in operation.inputs], [tensors[name] for name in operation.outputs]
         dims = {dim for tensor in (*inputs, *outputs) for dim in tensor.dims}
         cuts = [dim for axis in self._orders if (dim := self.split(dims, axis))]
-        exchanges = tuple(exchange for cut in cuts for exchange in self._exchanges(cut, inputs, outputs))
+        # What a loop hands from turn to turn is listed with it, but exchanged by the operations inside.
+        exchanged = () if operation.kind == "loop" else cuts
+        exchanges = tuple(exchange for cut in exchanged for exchange in self._exchanges(cut, inputs, outputs))
         whole = sum(tensor.bytes for tensor in (*inputs, *outputs)) or 1
         local = sum(tensor.bytes * self._within(tensor, cuts) for tensor in (*inputs, *outputs))
         batch = ["batch"] if "batch" in dims and "batch" not in cuts else []

@@ -148,7 +148,7 @@ def _cut(batch: Any, rows: int, placement: Placement) -> tuple[Any, Any]:
         return jax.tree.map(lambda array: _own_shares(array, shape), batch), None
     size = -(-rows // count)
     whole = rows // size
-    batch = placement.gather(batch)
+    batch = placement.replicate(batch)
     parts = jax.tree.map(lambda array: array[: whole * size].reshape((whole, size, *array.shape[1:])), batch)
     return parts, jax.tree.map(lambda array: array[whole * size :], batch) if rows % size else None
 

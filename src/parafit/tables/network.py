@@ -87,7 +87,7 @@ def load_network(path: "str | Path", input_size: int, target: Target, settings: 
         ModelError: the file cannot be used, or its network does not fit the table.
     """
     path = check_model_file(path)
-    model = load_keras_file(path) if path.suffix == ".keras" else _call_build_model(path, input_size, target.output_size)
+    model = load_keras_file(path) if path.suffix == ".keras" else call_build_model(path, input_size, target.output_size)
     check_network(model, input_size, target)
     if not model.compiled:
         _compile(model, target, settings, rows)
@@ -173,7 +173,7 @@ def _compile(model: Any, target: Target, settings: Settings, rows: int) -> None:
         model.compile(optimizer, loss, metrics=["accuracy"])
 
 
-def _call_build_model(path: Path, input_size: int, output_size: int) -> Any:
+def call_build_model(path: Path, input_size: int, output_size: int) -> Any:
     import keras
 
     spec = importlib.util.spec_from_file_location(path.stem, path)
