@@ -95,7 +95,7 @@ def test_ragged_line_far_down(tmp_path):
         read_table(path)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"a,b\n" + b"1,2\n" * 100)[:-10], b"\x1f\x8bxxxx"])
+@pytest.mark.parametrize("content", [gzip.compress(b"a,b\n" + b"1,2\n" * 100)[:-10], b"\x1f\x8bxxxx"], ids=["cut short", "not gzip"])
 def test_damaged_gzip(tmp_path, content):
     with pytest.raises(DataError, match="is damaged after line"):
         read_table(write(tmp_path / "a.csv.gz", content))
