@@ -162,11 +162,12 @@ def test_warm_start_continues_as_scikit_learn_does():
 
 
 @unconverged
-def test_a_random_state_object_is_used_up_as_by_scikit_learn():
+@pytest.mark.parametrize("options", [{}, {"tol": 9, "n_iter_no_change": 1}], ids=["all epochs", "stops early"])
+def test_a_random_state_object_is_used_up_as_by_scikit_learn(options):
     x, y = digits()
     states = np.random.RandomState(5), np.random.RandomState(5)
     for state, module in zip(states, (parafit.sklearn, sklearn.neural_network)):
-        module.MLPClassifier((8,), max_iter=4, random_state=state).fit(x, y)
+        module.MLPClassifier((8,), max_iter=4, random_state=state, **options).fit(x, y)
     assert states[0].randint(2**31) == states[1].randint(2**31)
 
 
@@ -242,16 +243,15 @@ def test_ctrl_c_keeps_the_weights_of_the_last_whole_epoch(monkeypatch):
     x, y = digits()
     with pytest.warns(ConvergenceWarning):
         short = parafit.sklearn.MLPClassifier((4,), max_iter=2, random_state=0).fit(x, y)
-    run_epoch = parafit.perceptron.Trainer.run_epoch
-    losses = []
+    run_epochs = parafit.perceptron.Trainer.run_epochs
 
-    def interrupted(trainer, order):
-        if len(losses) == 2:
-            raise KeyboardInterrupt
-        losses.append(run_epoch(trainer, order))
-        return losses[-1]
+    def interrupted(trainer, orders, **options):
+        losses = run_epochs(trainer, orders, **options)
+        yield next(losses)
+        yield next(losses)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(parafit.perceptron.Trainer, "run_epoch", interrupted)
+    monkeypatch.setattr(parafit.perceptron.Trainer, "run_epochs", interrupted)
     with pytest.warns(UserWarning, match="Training interrupted by user"):
         model = parafit.sklearn.MLPClassifier((4,), random_state=0).fit(x, y)
     assert_same(model, short, rtol=0)

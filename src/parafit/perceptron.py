@@ -1,7 +1,8 @@
 """Plain networks of dense layers, trained by compiled programs: what an epoch of `parafit.sklearn` computes."""
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -89,13 +90,31 @@ class Trainer:
         state = np.stack([_pack(np, part) for part in (model.coefs_ + model.intercepts_, *_moments(model._optimizer))]).astype(dtype)
         self._state, self._constants = jax.device_put((state, constants), placement.replicated)
 
-    def run_epoch(self, order: np.ndarray) -> float:
-        """Train on every row once, in this order, and return the mean loss of a row."""
-        carry = np.zeros((), self._dtype), self._state
-        for step_count, block, schedule in self._chunks(order):
+    def run_epochs(self, orders: Iterable[np.ndarray], *, ahead: bool) -> Iterator[float]:
+        """Train on every row once in each of these orders; yields the mean loss of a row after each epoch.
+
+        With `ahead` the devices compute an epoch while the caller looks at the loss of the one before; if the caller then
+        stops, that epoch is dropped.
+        """
+        running: deque[tuple[Any, Any]] = deque()
+        latest = self._state
+        for order in orders:
+            running.append(self._start_epoch(order, latest, steps_before=len(running) * self._step_count))
+            latest = running[-1][1]
+            if len(running) > ahead:
+                yield self._end_epoch(*running.popleft())
+        while running:
+            yield self._end_epoch(*running.popleft())
+
+    def _start_epoch(self, order: np.ndarray, state, steps_before: int):
+        """Dispatch an epoch: the sum of the rows' losses and the state, once they are computed."""
+        carry = np.zeros((), self._dtype), state
+        for step_count, block, schedule in self._chunks(order, steps_before):
             carry = _run_chunk(self._network, self._placement, carry, step_count, block, schedule, self._constants)
-        loss_sum, state = carry
-        mean_loss = float(loss_sum) / len(order)
+        return carry
+
+    def _end_epoch(self, loss_sum, state) -> float:
+        mean_loss = float(loss_sum) / len(self.rows.y)
         self._state = state
         if isinstance(self._model._optimizer, AdamOptimizer):
             self._model._optimizer.t += self._step_count
@@ -108,10 +127,10 @@ class Trainer:
         self._model.coefs_, self._model.intercepts_ = parameters[:layer_count], parameters[layer_count:]
         _set_moments(self._model._optimizer, moments)
 
-    def _chunks(self, order: np.ndarray) -> Iterator[tuple[int, Rows, Schedule]]:
+    def _chunks(self, order: np.ndarray, steps_before: int) -> Iterator[tuple[int, Rows, Schedule]]:
         """An epoch's chunks, all of one shape: how many of the steps count, their rows, their schedule."""
         chosen = np.resize(order, self._present.shape)
-        step_sizes, row_counts = self._step_sizes(), self._present.sum(axis=1)
+        step_sizes, row_counts = self._step_sizes(steps_before), self._present.sum(axis=1)
         for start in range(0, len(chosen), self._chunk_steps):
             steps = slice(start, start + self._chunk_steps)
             block = self._gather(chosen[steps], self._present[steps])
@@ -128,12 +147,12 @@ class Trainer:
         )
         return block if self._placement.mesh is None else Rows(*map(self._placement.put_block, block))
 
-    def _step_sizes(self) -> np.ndarray:
-        """The factor of each of the epoch's updates (steps,); for Adam with the correction of both moments' bias."""
+    def _step_sizes(self, steps_before: int) -> np.ndarray:
+        """The factor of each of an epoch's updates (steps,), so many steps from now; for Adam with the correction of both moments' bias."""
         optimizer = self._model._optimizer
         if isinstance(optimizer, SGDOptimizer):
             return np.full(len(self._present), optimizer.learning_rate, self._dtype)
-        step = optimizer.t + np.arange(1, len(self._present) + 1)
+        step = optimizer.t + steps_before + np.arange(1, len(self._present) + 1)
         correction = np.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
         return (optimizer.learning_rate_init * correction).astype(self._dtype)
 

@@ -64,14 +64,13 @@ class _CompiledTraining(BaseMultilayerPerceptron):
             self._run_epochs(Trainer(self, placement, rows, batch_size, dtype), held_out, incremental)
 
     def _run_epochs(self, trainer: "Trainer", held_out: "Rows", incremental: bool):
-        order = np.arange(len(trainer.rows.y))
+        orders = _Orders(self._random_state, len(trainer.rows.y), 1 if incremental else self.max_iter, self.shuffle)
+        # What an epoch's loss may change is the step size of the next, and under Adam it does not.
+        ahead = self.solver == "adam" or self.learning_rate == "constant"
         self.n_iter_ = 0
         try:
-            for _ in range(1 if incremental else self.max_iter):
-                if self.shuffle:
-                    # As sklearn.utils.shuffle does, at a tenth of its overhead.
-                    order = order[self._random_state.permutation(len(order))]
-                self._end_epoch(trainer.run_epoch(order), len(order), trainer, held_out)
+            for loss in trainer.run_epochs(orders, ahead=ahead):
+                self._end_epoch(loss, len(trainer.rows.y), trainer, held_out)
                 if self._stops():
                     break
             else:
@@ -83,6 +82,7 @@ class _CompiledTraining(BaseMultilayerPerceptron):
                     )
         except KeyboardInterrupt:
             warnings.warn("Training interrupted by user.", stacklevel=2)
+        orders.give_back(self.n_iter_)
         trainer.write_back()
         if self.early_stopping:
             self.coefs_, self.intercepts_ = self._best_coefs, self._best_intercepts
@@ -155,6 +155,36 @@ class _CompiledTraining(BaseMultilayerPerceptron):
         with jax.enable_x64(True):
             loss, gradient = run_full_batch(Network.of(self), Placement(Plan.read(self.plan)), packed, X, self.alpha)
         return float(loss), np.array(gradient)
+
+
+class _Orders:
+    """The orders of a fit's rows, epoch by epoch, drawn as scikit-learn draws them.
+
+    Args:
+        random: drawn from.
+        rows: how many.
+        epochs: how many at most.
+        shuffle: whether the order changes.
+    """
+
+    def __init__(self, random: np.random.RandomState, rows: int, epochs: int, shuffle: bool):
+        self._random, self._rows, self._epochs, self._shuffle = random, rows, epochs, shuffle
+        self._drawn, self._before_last = 0, random.get_state()
+
+    def __iter__(self):
+        order = np.arange(self._rows)
+        for _ in range(self._epochs):
+            self._drawn += 1
+            if self._shuffle:
+                self._before_last = self._random.get_state()
+                # As sklearn.utils.shuffle does, at a tenth of its overhead.
+                order = order[self._random.permutation(self._rows)]
+            yield order
+
+    def give_back(self, used: int) -> None:
+        """Undo the last draw if its order was not used."""
+        if self._shuffle and self._drawn > used:
+            self._random.set_state(self._before_last)
 
 
 _CONSTRAINTS = {"plan": [str, Plan, Path]}
