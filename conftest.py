@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
-from parafit import residuals
+from parafit import calibrate, residuals
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -23,9 +23,10 @@ def _same_start():
 
 @pytest.fixture(autouse=True)
 def _own_residuals(monkeypatch, tmp_path_factory):
-    """Scores of the tests' fits stay out of the user's."""
-    path = tmp_path_factory.getbasetemp() / "residuals.jsonl"
+    """Scores of the tests' fits stay out of the user's, and the user's calibration out of the tests."""
+    path = tmp_path_factory.mktemp("residuals") / "residuals.jsonl"
     monkeypatch.setattr(residuals, "residuals_path", lambda: path)
+    monkeypatch.setattr(calibrate, "is_calibrated", lambda: False)
 
 
 @pytest.fixture

@@ -190,10 +190,10 @@ for batch in range(50):
     assert len(load(path)) == 150
 
 
-def test_correction_is_the_median_of_recent_fits_of_this_model_if_there_are_any():
-    slow = [replace(RESIDUAL, model="other", measured_seconds=3.0)] * 5
-    assert correction(slow) == pytest.approx(3.0)
-    assert correction([*slow, RESIDUAL], model="net", plan="single") == pytest.approx(1.2)
+def test_correction_is_the_median_of_recent_fits_of_this_program_if_there_are_any():
+    slow = [replace(RESIDUAL, predicted_seconds=2.0, measured_seconds=6.0)] * 5
+    assert correction(slow, 1.0) == pytest.approx(3.0)
+    assert correction([*slow, RESIDUAL], 1.0) == pytest.approx(1.2)
     assert correction([replace(RESIDUAL, measured_seconds=100.0)] * 3 + [RESIDUAL] * residuals.RECENT) == pytest.approx(1.2)
 
 

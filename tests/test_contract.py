@@ -15,8 +15,10 @@ from parafit.errors import ProgramError
 from parafit.layout import Layout, lay_out
 from parafit.mesh import Placement
 from parafit.plan import Plan
+from parafit.planner import step_program
 from parafit.program import Tensor
 from parafit.progress import Progress, settle
+from tests.zoo import programs
 
 MESH = {"data": 2, "tensor": 4}
 
@@ -155,8 +157,9 @@ def report(make, plan, rows=32):
     adapter = KerasModel(model, "fit")
     adapter.build(lambda: (x[0], y[0]))
     step = adapter.train_step()
-    placement = settle(Placement(Plan.parse(plan)), step, lambda: (x[0], y[0]), model.name)
-    return Progress(adapter, step, placement).check((x, y), (x[0], y[0]), model.name)
+    program = step_program(step, (x[0], y[0]), model.name)
+    placement = settle(Placement(Plan.parse(plan)), step, lambda: program)
+    return Progress(adapter, step, placement).check((x, y), program)
 
 
 KEPT = [
@@ -184,8 +187,8 @@ def test_gradients_are_reduced_in_one_collective():
     model = mlp()
     x, y = np.ones((64, 32), "float32"), np.ones((64, 10), "float32")
     parafit.fit(model, x, y, batch_size=32, plan="data=4,tensor=2", verbose=0)
-    (kept,) = (kept for _, kept in parafit.chunk._CHUNKS[model].values())
-    along_data = [each for each in read(kept.text, {"data": 4, "tensor": 2}) if each.axis == "data"]
+    (program,) = programs(model)
+    along_data = [each for each in read(program.text, {"data": 4, "tensor": 2}) if each.axis == "data"]
     assert len(along_data) == 1
 
 

@@ -9,9 +9,8 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit import chunk
 
-from .zoo import ZOO, mlp
+from .zoo import ZOO, mlp, programs
 
 
 def trained(make, plan, **options):
@@ -51,8 +50,7 @@ def test_a_plan_that_is_broken_on_purpose_fails_the_comparison(monkeypatch):
 def test_gradients_are_reduced_in_one_collective():
     model, x, y = mlp()
     parafit.fit(model, x[:64], y[:64], batch_size=16, plan="data=8", verbose=0)
-    programs = [kept._compiling.result().as_text() for _, kept in chunk._CHUNKS[model].values()]
-    assert [len(re.findall(r" all-reduce(?:-start)?\(", text)) for text in programs] == [1]
+    assert [len(re.findall(r" all-reduce(?:-start)?\(", program.text)) for program in programs(model)] == [1]
 
 
 def test_dropout_masks_and_weights_are_bitwise_the_same():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import parafit
-from parafit import planner, residuals
+from parafit import calibrate, planner, residuals
 from parafit.errors import MachineError, ModelError
 from parafit.machine import Machine
 from parafit.plan import Plan
@@ -123,9 +123,12 @@ def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
     x, y = np.ones((100, 20), "float32"), np.zeros(100, "int32")
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=0)
     assert residuals.load() == []
-    parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2, plan="data=2")
+    parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
+    assert residuals.load() == []  # timed, not predicted
+    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+    parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
     (fit,) = residuals.load()
-    assert (fit.batch, fit.plan) == (16, "data=2")
+    assert (fit.batch, fit.plan) == (16, "single")
     assert min(fit.predicted_seconds, fit.measured_seconds, fit.predicted_bytes) > 0
     assert run("report")[0] == 0
 
@@ -133,6 +136,7 @@ def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
 def test_a_place_that_cannot_be_written_costs_no_fit(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "file" / "residuals.jsonl")
+    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
     parafit.fit(dense(), np.ones((100, 20), "float32"), np.zeros(100, "int32"), verbose=2)
     assert "could not be kept for `parafit report`" in capsys.readouterr().out
 

@@ -9,9 +9,8 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit import chunk
 from parafit.errors import PlanError
-from tests.zoo import own_train_step
+from tests.zoo import own_train_step, programs
 
 ROWS = 28  # a batch of 16 and a short one of 12, which 8 devices do not divide
 
@@ -264,10 +263,6 @@ def test_refuses_a_dim_that_the_model_does_not_have():
     plan = parafit.Plan(axes={"tensor": 2}, compute={"ffn": "tensor"})
     with pytest.raises(PlanError, match="maps 'ffn' to axis 'tensor', but 'sequential' has no such dim: it has"):
         parafit.fit(model, x, y, plan=plan, verbose=0)
-
-
-def programs(model):
-    return [kept for _, kept in chunk._CHUNKS[model].values()]
 
 
 def test_stored_state_takes_its_part_of_the_memory():

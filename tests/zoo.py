@@ -4,6 +4,9 @@ import keras
 import numpy as np
 from keras import layers
 
+from parafit import adapt
+from parafit.chunk import Chunk
+
 ROWS = 75  # batches of 16 leave a short last one, and 8 devices do not divide it
 
 
@@ -124,3 +127,8 @@ def _numbers(shape):
 
 def _labels():
     return np.random.default_rng(1).integers(0, 3, ROWS).astype("int32")
+
+
+def programs(model):
+    """The compiled programs that are kept for a model."""
+    return [made for _, made in adapt._KEPT[model].values() if isinstance(made, Chunk)]

@@ -1,8 +1,9 @@
 """Keras models as pure steps over explicit state. Only this module and `compat` import Keras."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import keras
@@ -13,6 +14,8 @@ from parafit.layout import Owner
 
 State = tuple[list[jax.Array], ...]
 """Groups of arrays: weights that a step changes, statistics and seeds, optimizer slots, metrics."""
+
+_KEPT: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,23 @@ class Step:
         for group, arrays in zip(self.variables, state):
             for variable, array in zip(group, arrays):
                 compat.write_variable(variable, array)
+
+
+def remembered(model: Any, step: Step, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make()` gave for this model and key, made once for as long as the model stays as it is.
+
+    Args:
+        model: whose step it is; what is kept goes when it goes.
+        step: its `identity` tells whether the model is as it was.
+        key: tells apart what is kept.
+        make: called where nothing is kept, or nothing that is still right.
+    """
+    kept = _KEPT.setdefault(model, {})
+    identity, made = kept.get((step.name, key), ((), None))
+    if made is None or len(identity) != len(step.identity) or any(ours is not theirs for ours, theirs in zip(identity, step.identity)):
+        made = make()
+        kept[step.name, key] = step.identity, made
+    return made
 
 
 class KerasModel:

@@ -4,17 +4,15 @@ Each does the same: check the model and the plan, make a feed from the data, let
 over to `run`, which runs whole chunks of steps in compiled programs and calls the callbacks between them.
 """
 
-import datetime
 import warnings
 from typing import Any
 
-from parafit import calibrate, compat, data, residuals, run
-from parafit.adapt import KerasModel
+from parafit import compat, data, forecast, run
+from parafit.adapt import KerasModel, Step
 from parafit.callbacks import batch_strides, callback_list
-from parafit.errors import ModelError, PlanError, ProgramError
+from parafit.errors import PlanError
 from parafit.mesh import Placement
 from parafit.plan import Plan
-from parafit.price import Price
 from parafit.progress import settle
 
 
@@ -49,7 +47,8 @@ def fit(
         x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
         y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
         batch_size: rows of one step over all devices together; 32 if not given.
-        plan: "auto", a `Plan`, a text such as "data=8", or the path of a plan's JSON file.
+        plan: "auto" (the fastest of this machine's plans, if it is worth it; see `find_plan`), a `Plan`, a text such as "data=8",
+            or the path of a plan's JSON file.
 
     Returns:
         The `keras.callbacks.History` of the run.
@@ -94,10 +93,14 @@ def fit(
         data.check_lengths(x, y, sample_weight)
         (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
     feed = data.Feed(x, y, sample_weight, **options)
-    feed.keep_on(placement)
     adapter.build(feed.example)
     step = adapter.train_step()
-    placement = settle(placement, step, feed.shapes, model.name)
+    program = forecast.programs(adapter, step, feed.shapes)
+    placement = _choose(plan, placement, step, feed, program)
+    if verbose and placement.plan.ranking:
+        print(placement.plan)
+    placement = settle(placement, step, program)
+    feed.keep_on(placement)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
     pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
     feed.limit(pace.strides)
@@ -111,17 +114,17 @@ def fit(
     progress = run.Progress(adapter, step, placement)
     shapes = feed.foreseen()
     progress.compile(shapes)
-    price = progress.price(shapes[0]) if verbose and shapes else None
+    price = forecast.foresee(progress, placement.plan, shapes[0], program) if verbose and shapes else None
     if price:
         print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
-        _print_breaches(progress, shapes[0], feed.shapes(), model.name)
+        forecast.print_breaches(progress, shapes[0], program)
     feed.restart()
     run.train(
         progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate
     )
     if price and pace.steps:
         print(price.score(pace.seconds / pace.steps))
-        _remember(model.name, placement.plan, feed.rows_per_batch, price, pace.seconds / pace.steps)
+        forecast.remember(model.name, placement.plan, feed.rows_per_batch, price, pace.seconds / pace.steps)
     return model.history
 
 
@@ -158,7 +161,9 @@ def evaluate(
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
     feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
     adapter.build(feed.example)
-    placement = settle(placement, adapter.test_step(), feed.shapes, model.name)
+    step = adapter.test_step()
+    program = forecast.programs(adapter, step, feed.shapes)
+    placement = settle(_choose(plan, placement, step, feed, program), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     logs = _evaluate(adapter, feed, listed, placement)
     return logs if return_dict else compat.flatten_metrics(model, logs)
@@ -193,7 +198,9 @@ def predict(
         return model.predict(x, batch_size, verbose, steps, callbacks)
     feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps)
     adapter.build_layers(feed.example)
-    placement = settle(placement, adapter.predict_step(), feed.shapes, model.name)
+    step = adapter.predict_step()
+    program = forecast.programs(adapter, step, feed.shapes)
+    placement = settle(_choose(plan, placement, step, feed, program), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     strides = batch_strides(listed, "predict", model.steps_per_execution)
     feed.limit(strides)
@@ -221,32 +228,9 @@ def _evaluate(adapter: KerasModel, feed: data.Feed, callbacks, placement: Placem
     return run.evaluate(adapter, feed, callbacks, run.Pace(strides), placement)
 
 
-def _print_breaches(progress: run.Progress, arrays, shapes, name: str) -> None:
-    """A line for whatever the compiled program does and the plan does not say."""
-    try:
-        for row in progress.check(arrays, shapes, name).broken:
-            print(f"parafit: not in the plan: {row}")
-    except (ModelError, ProgramError) as error:
-        print(f"parafit: the compiled program was not compared with the plan: {error}")
-
-
-def _remember(model: str, plan: Plan, batch: int, price: Price, seconds_per_step: float) -> None:
-    """Keep what was said before the run beside what it took, for `parafit report`."""
-    residual = residuals.Residual(
-        machine=calibrate.machine_id(),
-        model=model,
-        batch=batch,
-        plan=plan.short(),
-        predicted_seconds=price.seconds_per_step,
-        measured_seconds=seconds_per_step,
-        predicted_bytes=price.peak_bytes,
-        measured_bytes=0,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-    try:
-        residuals.append(residual)
-    except OSError as error:
-        print(f"parafit: this run's score could not be kept for `parafit report`: {error}")
+def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program) -> Placement:
+    """The placement of the plan that was asked for, or for "auto" of the one that suits the model, the data and the machine."""
+    return Placement(forecast.best_plan(step, program)) if plan == "auto" and feed.knows_shapes else placement
 
 
 def _why_stepwise(adapter: KerasModel, *parts) -> str | None:

@@ -48,6 +48,11 @@ def here() -> Machine:
         return detect()
 
 
+def is_calibrated() -> bool:
+    """Whether this machine's numbers were measured, by `calibrate`."""
+    return machine_path().exists()
+
+
 def detect() -> Machine:
     """The devices that JAX sees: those of a preset where one has their name, else a processor with cautious numbers."""
     device = jax.devices()[0]

@@ -4,20 +4,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parafit import compat
-from parafit.adapt import State, Step
+from parafit.adapt import State, Step, remembered
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import rewrite_jaxpr
 from parafit.techniques import planned_function
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
-_CHUNKS: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
 
 @jax.tree_util.register_dataclass
@@ -83,13 +81,8 @@ def find_chunk(model, step: Step, arrays, placement: Placement) -> Chunk:
 
     Tracing happens here; compiling goes on in the background until the chunk is called.
     """
-    kept = _CHUNKS.setdefault(model, {})
-    key = (step.name, placement.plan, jax.tree.structure(arrays), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)))
-    identity, chunk = kept.get(key, ((), None))
-    if chunk is None or len(identity) != len(step.identity) or any(ours is not theirs for ours, theirs in zip(identity, step.identity)):
-        chunk = _make_chunk(step, arrays, placement)
-        kept[key] = step.identity, chunk
-    return chunk
+    key = (placement.plan, jax.tree.structure(arrays), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)))
+    return remembered(model, step, key, lambda: _make_chunk(step, arrays, placement))
 
 
 def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:

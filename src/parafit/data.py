@@ -75,6 +75,11 @@ class Feed:
         self._drawn = next(self._batches.epoch())
         return self._drawn if self._arrays is None else jax.tree.map(lambda array: array[self._drawn], self._arrays)
 
+    @property
+    def knows_shapes(self) -> bool:
+        """Whether `shapes` can tell without drawing a batch."""
+        return self._arrays is not None or self._drawn is not None
+
     def shapes(self) -> Any:
         """The arrays of one batch as shapes; a batch is drawn (and, of a generator, lost) only where nothing else tells them."""
         if self._arrays is None:

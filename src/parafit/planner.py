@@ -100,7 +100,6 @@ def keras_program(model: Any, x: Any = None, y: Any = None, *, batch_size: int |
 
     from parafit.adapt import KerasModel
     from parafit.data import Feed
-    from parafit.trace import trace_step
 
     adapter = KerasModel(model, "fit")
     rows = batch_size or 32
@@ -114,10 +113,28 @@ def keras_program(model: Any, x: Any = None, y: Any = None, *, batch_size: int |
         adapter.build(feed.example)
         shapes = feed.shapes()
     step = adapter.train_step()
-    program = trace_step(step, step.read(), shapes, fixed=step.read_fixed(), name=model.name)
-    if step.parts is None:
-        return program, _WHOLE_STEP
-    return replace(program, couples_batch=program.couples_batch or step.parts.couples), frozenset()
+    return step_program(step, shapes, model.name), refused_techniques(step)
+
+
+def step_program(step: Any, batch: Any, name: str) -> Program:
+    """The program of an adapted model's step, with what is known of its layers.
+
+    Args:
+        step: a `parafit.adapt.Step`.
+        batch: one global batch, packed as the step takes it: arrays or shapes.
+        name: of the model.
+    """
+    from parafit.trace import trace_step
+
+    program = trace_step(step, step.read(), batch, fixed=step.read_fixed(), name=name)
+    return replace(program, couples_batch=program.couples_batch or step.parts.couples) if step.parts else program
+
+
+def refused_techniques(step: Any) -> frozenset[str]:
+    """The techniques that a step cannot run: those that take a training step apart, or store what only training has."""
+    if step.name != "train":
+        return _WHOLE_STEP | {"zero", "store_group"}
+    return frozenset() if step.parts else _WHOLE_STEP
 
 
 def _is_shape(x: Any) -> bool:

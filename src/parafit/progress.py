@@ -17,10 +17,8 @@ from parafit.errors import PlanError
 from parafit.layout import lay_out, resolve, split_by_dims
 from parafit.mesh import Placement
 from parafit.plan import AXES, Plan
-from parafit.price import Price
 from parafit.program import Program, Tensor
 from parafit.safeguard import Safeguard
-from parafit.trace import trace_step
 
 CONTROL_SECONDS = 0.2
 _TRIALS = 4
@@ -28,14 +26,13 @@ _TRIAL_SECONDS = 0.05
 _LONG_SECONDS = 0.5
 
 
-def settle(placement: Placement, step: Step, shapes: Callable[[], Any], name: str = "") -> Placement:
+def settle(placement: Placement, step: Step, program: Callable[[], Program]) -> Placement:
     """The placement with the plan's layout worked out for this model.
 
     Args:
         placement: a plan on devices.
         step: the model's step.
-        shapes: gives the arrays of one batch, or their shapes; called where the plan needs the model's dims.
-        name: of the model.
+        program: gives the step's program; called where the plan needs the model's dims.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -45,10 +42,10 @@ def settle(placement: Placement, step: Step, shapes: Callable[[], Any], name: st
         return placement
     if set(plan.compute) <= {AXES["data"]}:
         return Placement(plan, lay_out(_shaped(step), plan))
-    program = trace_step(step, step.read(), shapes(), fixed=step.read_fixed(), name=name)
-    plan = resolve(program, plan)
-    _check_split(program, plan)
-    return Placement(plan, lay_out(program.tensors.values(), plan))
+    traced = program()
+    plan = resolve(traced, plan)
+    _check_split(traced, plan)
+    return Placement(plan, lay_out(traced.tensors.values(), plan))
 
 
 def _check_split(program: Program, plan: Plan) -> None:
@@ -126,14 +123,26 @@ class Progress:
         for arrays in shapes:
             find_chunk(self.adapter.model, self._step, arrays, self._placement)
 
-    def price(self, arrays: Any) -> Price:
-        """Time a few steps on a copy of the state; the model's own state stays as it is."""
+    def find(self, arrays: Any) -> Chunk:
+        """The compiled program for blocks like this one."""
+        known, chunk = self._found.get(id(arrays), (None, None))
+        if known is arrays:  # buffers filled again
+            return chunk
+        started = time.perf_counter()
+        chunk = find_chunk(self.adapter.model, self._step, arrays, self._placement)
+        chunk.wait()  # so that compiling is not taken for running
+        self.seconds_compiling += time.perf_counter() - started
+        self._found[id(arrays)] = arrays, chunk
+        return chunk
+
+    def time(self, arrays: Any) -> float:
+        """Seconds of a step, by a few steps on a copy of the state; the model's own state stays as it is."""
         fixed, state = jax.tree.map(
             lambda owner, array: self._placement.put_state(owner, array.copy()),
             self._step.owners,
             (self._step.read_fixed(), self._step.read()),
         )
-        chunk = self._find(arrays)
+        chunk = self.find(arrays)
         block = self._placement.put_block(arrays)
         steps, seconds = 1, 0.0
         for _ in range(_TRIALS):  # the first also brings memory in; later ones run more steps at once
@@ -144,32 +153,24 @@ class Progress:
             if seconds > _LONG_SECONDS:
                 break
             steps = max(1, min(chunk.capacity, int(_TRIAL_SECONDS / seconds)))
-        return Price(seconds_per_step=seconds, peak_bytes=chunk.peak_bytes)
+        return seconds
 
-    def check(self, arrays: Any, shapes: Any, name: str = "") -> Report:
-        """What the program for this block communicates, against what its plan says.
-
-        Args:
-            arrays: the block.
-            shapes: of one batch's arrays.
-            name: of the model.
-        """
-        placement, step = self._placement, self._step
+    def check(self, arrays: Any, program: Program) -> Report:
+        """What the compiled program for this block communicates, against what its plan says of the traced one."""
+        placement = self._placement
         if placement.mesh is None:
             return Report(rows=())
-        program = trace_step(step, step.read(), shapes, fixed=step.read_fixed(), name=name)
-        chunk = self._find(arrays)
+        chunk = self.find(arrays)
         report = check(read(chunk.text, dict(placement.mesh.shape)), expect(program, placement.plan))
-        memory = compare_memory(planned_bytes=self._planned_bytes(arrays), found_bytes=chunk.argument_bytes)
+        held = self._step.read_fixed(), self._step.read()
+        state_bytes = _local_bytes(held, jax.tree.map(placement.stored, self._step.owners, held))
+        memory = compare_memory(planned_bytes=state_bytes + self.block_bytes(arrays), found_bytes=chunk.argument_bytes)
         return Report(rows=(*report.rows, memory))
 
-    def _planned_bytes(self, arrays: Any) -> int:
-        """Bytes on one device of the state, and of a block."""
-        placement, step = self._placement, self._step
-        held = step.read_fixed(), step.read()
-        shardings = jax.tree.map(placement.stored, step.owners, held), placement.blocks(arrays)
-        shares = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, (held, arrays), shardings)
-        return sum(jax.tree.leaves(shares))
+    def block_bytes(self, arrays: Any) -> int:
+        """Bytes of a block on one device."""
+        placement = self._placement
+        return _local_bytes(arrays, placement.blocks(arrays)) if placement.mesh else sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
     def enter(self) -> None:
         """Take the state from the model, which a callback may have changed, to the devices."""
@@ -184,7 +185,7 @@ class Progress:
 
     def run(self, block: Block) -> Any:
         """Dispatch the steps of a block; gives the predictions, if the step makes any."""
-        chunk = self._find(block.arrays)
+        chunk = self.find(block.arrays)
         tally = self._tally or chunk.fresh_tally
         # One batch goes in as it is: a copy costs less than a call that avoids it.
         arrays = block.arrays if chunk.capacity == 1 else self._placement.put_block(block.arrays)
@@ -218,16 +219,11 @@ class Progress:
                 self._step.write(self._state)
         self._step.write(jax.tree.map(self._placement.bring_home, self._step.read()))
 
-    def _find(self, arrays) -> Chunk:
-        known, chunk = self._found.get(id(arrays), (None, None))
-        if known is arrays:  # buffers filled again
-            return chunk
-        started = time.perf_counter()
-        chunk = find_chunk(self.adapter.model, self._step, arrays, self._placement)
-        chunk.wait()  # so that compiling is not taken for running
-        self.seconds_compiling += time.perf_counter() - started
-        self._found[id(arrays)] = arrays, chunk
-        return chunk
+
+def _local_bytes(arrays: Any, shardings: Any) -> int:
+    """Bytes of arrays on one device."""
+    shares = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, arrays, shardings)
+    return sum(jax.tree.leaves(shares))
 
 
 def _same(state: State, other: State) -> bool:

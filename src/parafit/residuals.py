@@ -76,16 +76,16 @@ def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
     return [residual for residual in read if residual is not None and machine in ("", residual.machine)]
 
 
-def correction(residuals: Iterable[Residual], *, model: str = "", plan: str = "") -> float:
+def correction(residuals: Iterable[Residual], predicted_seconds: float = 0.0) -> float:
     """The machine's load as recent fits met it: a factor on predicted seconds.
 
-    exp of the median of ln(measured / predicted) over the last `RECENT` fits: of the same model and plan if there are any, for
-    they share what the price leaves out; else of all, which share what else runs on the machine. Nothing known: 1.
+    exp of the median of ln(measured / predicted) over the last `RECENT` fits: of those of which exactly the same was predicted if there
+    are any, for they ran the same program under the same plan and share what the price leaves out; else of all, which share what else
+    runs on the machine. Nothing known: 1.
 
     Args:
         residuals: of one machine, oldest first.
-        model: about to be fitted.
-        plan: about to be run.
+        predicted_seconds: of the fit to come, before any correction.
 
     Returns:
         Measured over predicted seconds, to be expected.
@@ -99,7 +99,7 @@ def correction(residuals: Iterable[Residual], *, model: str = "", plan: str = ""
     1.0
     """
     found = list(residuals)
-    alike = [residual for residual in found if (residual.model, residual.plan) == (model, plan)]
+    alike = [residual for residual in found if math.isclose(residual.predicted_seconds, predicted_seconds)]
     ratios = [residual.measured_seconds / residual.predicted_seconds for residual in (alike or found)[-RECENT:]]
     return math.exp(statistics.median(map(math.log, ratios))) if ratios else 1.0
 

@@ -1,0 +1,130 @@
+"""What is known of a run before it starts: its program, the plan it should have, its price; and the score when it has ended."""
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from parafit import calibrate, residuals
+from parafit.adapt import KerasModel, Step, remembered
+from parafit.cost import Software
+from parafit.cost import price as price_of
+from parafit.errors import MachineError, ModelError, PlanError, ProgramError
+from parafit.plan import Plan
+from parafit.planner import RUNS, refused_techniques, step_program, this_machine
+from parafit.price import Price
+from parafit.program import Program
+from parafit.progress import Progress
+from parafit.search import search
+
+WORTH = 1.1
+"""So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
+
+
+def programs(adapter: KerasModel, step: Step, shapes: Callable[[], Any]) -> Callable[[], Program]:
+    """Gives the program of a model's step, traced when it is first asked for and kept as long as the model stays as it is.
+
+    Args:
+        adapter: the model.
+        step: its step.
+        shapes: gives the arrays of one batch, or their shapes.
+    """
+
+    def program() -> Program:
+        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes())
+        key = ("program", jax.tree.structure(batch), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch)))
+        return remembered(adapter.model, step, key, lambda: step_program(step, batch, adapter.model.name))
+
+    return program
+
+
+def best_plan(step: Step, program: Callable[[], Program]) -> Plan:
+    """What "auto" means: the fastest plan of this machine that fits and is predicted to be worth it; else one device.
+
+    Args:
+        step: what is to run.
+        program: gives its program.
+
+    Raises:
+        PlanError: no plan fits into memory.
+    """
+    machine = this_machine()
+    if machine.device_count == 1 and step.name != "train":
+        return Plan()
+    try:
+        traced = program()
+    except (ModelError, ProgramError) as error:
+        print(f"parafit: one device, for no plan could be made: {error}")
+        return Plan()
+    alone = price_of(traced, Plan(), machine)
+    fits = alone.peak_bytes <= machine.device.memory_bytes
+    if fits and machine.device_count == 1:
+        return Plan()
+    try:
+        ranking = search(traced, machine, allow=RUNS - refused_techniques(step))
+    except PlanError as error:
+        raise PlanError(f"{error} plan='single' runs it on one device all the same, as far as its memory goes.") from error
+    return Plan() if fits and alone.seconds < WORTH * ranking.best.cost.seconds else ranking.plan
+
+
+def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], Program]) -> Price:
+    """The price of a step on blocks like this one.
+
+    Seconds come from the cost model, corrected by what fits took before, where this machine was calibrated and the plan's
+    devices are its own; else a few steps are timed.
+    """
+    chunk = progress.find(arrays)
+    peak_bytes, seconds = chunk.peak_bytes, 0.0
+    try:
+        cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=chunk.capacity))
+        copied = program().bytes_of("input") if chunk.capacity == 1 else 0  # one batch is used where it lies
+        peak_bytes = cost.peak_bytes - cost.memory["context"] + progress.block_bytes(arrays) - copied / plan.device_count
+        seconds = cost.seconds if calibrate.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
+    except (ModelError, ProgramError, PlanError, MachineError) as error:
+        print(f"parafit: the cost model does not know this step: {error}")
+    past = residuals.load(machine=calibrate.machine_id())
+    return Price(
+        seconds_per_step=seconds * residuals.correction(past, seconds) if seconds else progress.time(arrays),
+        peak_bytes=peak_bytes,
+        compiled_bytes=chunk.peak_bytes,
+        modelled_seconds=seconds,
+    )
+
+
+def print_breaches(progress: Progress, arrays: Any, program: Callable[[], Program]) -> None:
+    """A line for whatever the compiled program does and the plan does not say."""
+    try:
+        for row in progress.check(arrays, program()).broken:
+            print(f"parafit: not in the plan: {row}")
+    except (ModelError, ProgramError) as error:
+        print(f"parafit: the compiled program was not compared with the plan: {error}")
+
+
+def remember(name: str, plan: Plan, batch: int, price: Price, seconds_per_step: float) -> None:
+    """Keep what the cost model said beside what the run took: it corrects the next price, and `parafit report` shows it.
+
+    Args:
+        name: of the model.
+        plan: that ran.
+        batch: rows of a step.
+        price: what was said.
+        seconds_per_step: what it took.
+    """
+    if not price.modelled_seconds:
+        return
+    residual = residuals.Residual(
+        machine=calibrate.machine_id(),
+        model=name,
+        batch=batch,
+        plan=plan.short(),
+        predicted_seconds=price.modelled_seconds,
+        measured_seconds=seconds_per_step,
+        predicted_bytes=price.peak_bytes,
+        measured_bytes=price.compiled_bytes,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    try:
+        residuals.append(residual)
+    except OSError as error:
+        print(f"parafit: this run's score could not be kept for `parafit report`: {error}")
