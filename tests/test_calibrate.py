@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def few_probes():
-    yield from (probes._chain(2), probes._chain(4), probes._matmul("float32", 16, 16, 16))
+    yield from (probes._network(2), probes._network(4), probes._turn(), probes._matmul("float32", 16, 16, 16))
     for size in (2**10, 2**14):
         yield from (probes._elementwise(size), probes._update(size), *probes._reductions(size), probes._slice(size))
     yield from (probes._matmul("float64", 8, 8, 8), probes._batched("float32", 4, 4, 4))
@@ -62,7 +62,7 @@ def test_a_calibration_is_kept_and_found_again(calibrated):
 
 def test_every_measured_number_says_how(calibrated):
     sources = calibrated[0].sources
-    for name in ("matmul.table", "peak_flops.float32", "operation_seconds", "loop_seconds", "curves.elementwise", "dispatch_seconds"):
+    for name in ("matmul.table", "peak_flops.float32", "curves.operation", "loop_seconds", "curves.elementwise", "dispatch_seconds"):
         assert re.search(r"measured with parafit on .+, JAX \d.*, \d{4}-\d\d-\d\d", sources[f"device.{name}"]), name
 
 

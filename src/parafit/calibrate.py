@@ -19,16 +19,21 @@ import jax
 import numpy as np
 
 from parafit.cluster import cache_directory
+from parafit.cost import Software, price
 from parafit.errors import MachineError
 from parafit.files import write_whole
 from parafit.machine import Device, Link, Machine, Matmul
-from parafit.probes import Probe, probes
+from parafit.plan import Plan
+from parafit.probes import ADAM, Probe, network_loss, network_shapes, probes
+from parafit.program import Program
+from parafit.trace import trace_loss
 
-_LEAST_ROUNDS, _LEAST_PROBES = 4, 5
+_LEAST_ROUNDS, _LEAST_PROBES = 4, 8
 _TURNS = 8
 _SHORT_BYTES, _LONG_BYTES = 8, 1 << 22
 _PRESETS = (("B200", "b200x8"), ("H200", "h200x8"), ("H100", "h100x8"), ("A100.*40GB", "a100x8-40gb"), ("A100", "a100x8"))
 _PRESETS += (("V100.*32GB", "v100x8"), ("V100", "v100x8-16gb"), ("TPU v5p?$", "tpu-v5p"))
+_IN_A_LOOP = Software(steps_per_dispatch=1 << 30)
 _PRECISIONS = ("float32", "float64", "bfloat16")
 _LANES = 32
 """Floating-point operations of a core in a cycle where nothing is known: eight lanes, two fused multiply-adds. At 2 GHz."""
@@ -89,7 +94,8 @@ def calibrate(seconds: float = 30.0) -> Machine:
     ends = time.perf_counter() + 0.95 * seconds
     found = detect()
     others = {"feed_bytes_per_second": feed_rate(), "dispatch_seconds": dispatch_seconds()}
-    machine = _linked(_described(found, _measure(list(probes()), ends), others))
+    timed = _measure(list(probes()), ends)
+    machine = _linked(_started(_described(found, timed, others), timed))
     machine_path().parent.mkdir(parents=True, exist_ok=True)
     write_whole(machine_path(), machine.to_json())
     return machine
@@ -148,10 +154,11 @@ def _described(found: Machine, probes: list[Probe], others: dict[str, float]) ->
         curves=curves,
         memory_bytes_per_second=max(size / seconds for size, seconds in curves["elementwise"][-1:]),
         memory_share=1.0,
-        **_overheads(probes),
+        operation_seconds=0.0,
+        loop_seconds=next(probe.seconds for probe in probes if probe.part == "turn"),
         **others,
     )
-    measured = ["memory_bytes_per_second", "operation_seconds", "loop_seconds", "matmul.table", *others]
+    measured = ["memory_bytes_per_second", "loop_seconds", "matmul.table", *others]
     measured += [*(f"peak_flops.{precision}" for precision in peaks), *(f"curves.{kind}" for kind in curves)]
     how = f"measured with parafit on {found.device.name}, JAX {jax.__version__}, {datetime.date.today()}"
     return replace(found, device=device, sources={**found.sources, **{f"device.{name}": how for name in measured}})
@@ -177,12 +184,19 @@ def _rising(curve: list[tuple[float, float]]) -> Iterable[tuple[float, float]]:
     return reversed(lowest)
 
 
-def _overheads(probes: list[Probe]) -> dict[str, float]:
-    """What each small operation takes in a long program, and what each turn of a loop takes beside its operations."""
-    chains = {probe.size: probe.seconds for probe in probes if probe.part == "chain"}
-    short, long = min(chains), max(chains)
-    each = max(0.0, (chains[long] - chains[short]) / (long - short))
-    return {"operation_seconds": each, "loop_seconds": max(0.0, chains[short] - short * each)}
+def _started(machine: Machine, probes: list[Probe]) -> Machine:
+    """The machine with what starting operations takes: (operations of a program, seconds), what its own numbers leave of small networks."""
+    points = [(len(program.operations), probe.seconds - price(program, Plan(), machine, software=_IN_A_LOOP).seconds)
+              for probe, program in ((probe, _program(probe)) for probe in probes if probe.part == "network")]  # fmt: skip
+    count, least = points[0]
+    curve = _rising([(float(size), max(seconds, 1e-9)) for size, seconds in [(1, least / count), *points]])
+    device = replace(machine.device, curves={**machine.device.curves, "operation": tuple(curve)})
+    sources = {**machine.sources, "device.curves.operation": machine.sources["device.curves.elementwise"]}
+    return replace(machine, device=device, sources=sources)
+
+
+def _program(probe: Probe) -> Program:
+    return trace_loss(network_loss, *network_shapes(probe.size), optimizer=ADAM)
 
 
 def dispatch_seconds() -> float:

@@ -7,6 +7,7 @@ al. 2021).
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -146,6 +147,7 @@ class Pricing:
             _merge(times, part)
         times["dispatch"] = self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds
         times["feed"] = self.feed_seconds()
+        times["operations"] = self.starting_seconds()
         return Cost(times=times, memory=self.memory())
 
     def microbatch(self, place: str) -> dict[str, float]:
@@ -189,11 +191,29 @@ class Pricing:
         device = self.machine.device
         if operation.kind == "loop":
             return device.loop_seconds
+        if operation.kind == "gather":
+            return self.gathering_seconds(operation, share.bytes)
         if operation.kind not in ("matmul", "convolution", "attention"):
-            return device.curve_seconds(operation.kind, share.bytes) + device.operation_seconds
+            return device.curve_seconds(operation.kind, share.bytes)
         weights = [self.program.tensors[name] for name in operation.inputs if operation.steps == 1]
         bytes_ = sum(self.shares.local_bytes(tensor) for tensor in weights if tensor.role == "parameter")
-        return max(self.arithmetic_seconds(operation, share), self.far_seconds("elementwise", bytes_)) + device.operation_seconds
+        return max(self.arithmetic_seconds(operation, share), self.far_seconds("elementwise", bytes_))
+
+    def gathering_seconds(self, operation: Operation, bytes_: float) -> float:
+        """Rows come from as far as their table reaches: the rate is that of a probe, whose table is twice what it moves, with this table."""
+        reach = max(self.shares.local_bytes(self.program.tensors[operation.inputs[0]]) / 2, 1.0)
+        return self.machine.device.curve_seconds("gather", reach) * bytes_ / reach
+
+    def starting_seconds(self) -> float:
+        """What starting all operations takes where it was measured: each takes longer in a long program, whose operations run in any
+        order, than in a short one. A turn of a loop inside the step is a program of its own."""
+        if "operation" not in self.machine.device.curves:
+            return 0.0
+        counts = Counter[int]()
+        for operation in self.program.operations:
+            counts[operation.steps] += operation.count
+        each = {steps: self.machine.device.curve_seconds("operation", count) for steps, count in counts.items()}
+        return self.plan.microbatches * sum(steps * seconds for steps, seconds in each.items())
 
     def far_seconds(self, kind: str, bytes_: float) -> float:
         """Seconds to move bytes that were last touched a whole step ago."""
@@ -296,7 +316,7 @@ class Pricing:
                 split = min((self.shares.stored_bytes(slot) / self.shares.local_bytes(slot) for slot in slots), default=1.0)
                 bytes_ = share.bytes * split * self.software.update_passes
                 far = self.far_seconds("update", bytes_) if self.machine.device.curves else bytes_ / self.rate
-                once = far + self.machine.device.operation_seconds
+                once = far + (0.0 if self.machine.device.curves else self.machine.device.operation_seconds)
                 total += once * self.copies(operation.count)
         return {"update": total}
 

@@ -23,9 +23,9 @@ class Probe:
     """Something to time.
 
     Attributes:
-        part: which number it is for: "curve", "matmul" or "chain".
+        part: which number it is for: "curve", "matmul", "network" or "turn".
         kind: of operation, or precision.
-        size: bytes of one run, a matmul's (rows, inner, columns), or a chain's length.
+        size: bytes of one run, a matmul's (rows, inner, columns), or a network's layers.
         body: one turn of the loop: carry to carry.
         carry: what the loop starts with.
         runs: operations in one turn.
@@ -65,7 +65,8 @@ class Probe:
             self._loop = jax.jit(loop, donate_argnums=0).lower(self.carry, np.int32(1)).compile()
 
     def time(self) -> None:
-        """Run the loop for a few milliseconds."""
+        """Run the loop for a few milliseconds, once one turn has brought its arrays as near as a step of training finds them."""
+        self.carry = jax.block_until_ready(self._loop(self.carry, np.int32(1)))
         started = time.perf_counter()
         self.carry = jax.block_until_ready(self._loop(self.carry, np.int32(self.turns)))
         taken = time.perf_counter() - started
@@ -77,7 +78,7 @@ class Probe:
 
 def probes() -> Iterable[Probe]:
     """All probes, the most telling first: a calibration takes at least the chains, one product and one curve."""
-    yield from (_chain(32), _chain(128), _matmul("float32", 256, 256, 256))
+    yield from (*map(_network, NETWORKS), _turn(), _matmul("float32", 256, 256, 256))
     for exponent in (10, 14, 17, 20, 22, 24, 25, 26):
         yield from (_elementwise(2**exponent), _update(2**exponent))
     for rows, inner, columns in itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024)):
@@ -99,16 +100,61 @@ def _numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.full(shape, 0.5, jnp.dtype(dtype))
 
 
-def _chain(length: int) -> Probe:
-    """So many small operations, each on the result of the one before: XLA runs a long program otherwise than a short one."""
-    x = _numbers(32, 64)
+def _turn() -> Probe:
+    """A turn of a loop inside a program: four small operations, each on the result of the one before."""
+    return Probe(part="turn", kind="operation", size=4, body=lambda carry: _chained(carry, 4), carry=_numbers(32, 64))
+
+
+def _chained(x: jax.Array, length: int) -> jax.Array:
+    for _ in range(length):
+        x = _apart(x * 0.5 + 0.1)
+    return x
+
+
+def _network(depth: int) -> Probe:
+    """A step of training so small that nearly all of it is starting operations."""
+    weights, batch = network_shapes(depth)
 
     def body(carry):
-        for _ in range(length):
-            carry = _apart(carry * 0.5 + 0.1)
-        return carry
+        weights, slots, batch = carry
+        gradients = jax.grad(network_loss)(weights, batch)
+        changes, slots = ADAM[1](gradients, slots, weights)
+        return jax.tree.map(jnp.add, weights, changes), slots, batch
 
-    return Probe(part="chain", kind="operation", size=length, body=body, carry=x, runs=1)
+    weights, batch = jax.tree.map(lambda shape: _numbers(*shape.shape) / 50, (weights, batch))
+    return Probe(part="network", kind="operation", size=depth, body=body, carry=(weights, ADAM[0](weights), batch))
+
+
+NETWORKS = (2, 4, 8, 16)
+"""Layers of the networks that are probed."""
+
+
+def network_shapes(depth: int) -> tuple[Any, Any]:
+    """Shapes of a network of so many dense layers of 16 units, and of a batch of 8 rows for it."""
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    return [(shape(16, 16), shape(16))] * depth, (shape(8, 16), shape(8, 16))
+
+
+def network_loss(weights: Any, batch: Any) -> jax.Array:
+    """Cross-entropy of a network of dense layers with ReLU between them."""
+    x, y = batch
+    for kernel, bias in weights[:-1]:
+        x = jax.nn.relu(x @ kernel + bias)
+    return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(x @ weights[-1][0] + weights[-1][1]), axis=1))
+
+
+def _adam(gradients, slots, weights):
+    mean, square = slots
+    mean = jax.tree.map(lambda old, new: old + (new - old) * 0.1, mean, gradients)
+    square = jax.tree.map(lambda old, new: old + (new * new - old) * 0.001, square, gradients)
+    return jax.tree.map(lambda mean, square: -0.001 * mean / (jnp.sqrt(square) + 1e-7), mean, square), (mean, square)
+
+
+ADAM = (lambda weights: tuple(jax.tree.map(jnp.zeros_like, weights) for _ in "mv"), _adam)
+"""Adam (Kingma, Ba 2015) without the correction of bias, as a pair (init, update) as Optax has them."""
 
 
 def _rows(bytes_: float) -> int:
