@@ -36,6 +36,7 @@ from parafit.machine import Machine
 from parafit.mesh import Placement
 from parafit.plan import Plan
 from parafit.residuals import Residual, correction
+from parafit.rewrite import rewrite_jaxpr
 from parafit.trace import trace_step
 
 EPOCHS = 12
@@ -195,7 +196,7 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
     adapter.build(feed.example)
     step, arrays = adapter.train_step(), feed.foreseen()[0]
     capacity = jax.tree.leaves(arrays)[0].shape[0]
-    program = trace_step(step, step.read(), feed.shapes(), name=case.name)
+    program = trace_step(step, step.read(), feed.shapes(), name=case.name, lower=rewrite_jaxpr)
     cost = price(program, Plan(), machine, software=Software(steps_per_dispatch=capacity))
     block_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
     return Score(
@@ -204,7 +205,7 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
         predicted_seconds=cost.seconds,
         corrected_seconds=cost.seconds * load,
         measured_seconds=_typical(model, x, y, case.batch, EPOCHS + 1),
-        predicted_bytes=cost.peak_bytes + block_bytes - (program.bytes_of("input") if capacity == 1 else 0),  # else each batch is copied
+        predicted_bytes=cost.peak_bytes + block_bytes - (cost.memory["inputs"] if capacity == 1 else 0),  # else each batch is copied
         measured_bytes=find_chunk(model, step, arrays, Placement(Plan())).peak_bytes,
         times=cost.times,
         memory=cost.memory,

@@ -8,12 +8,17 @@ from parafit.program import Operation, Program, Tensor
 from parafit.walk import Record, Value, Walk
 
 
-def describe(walk: Walk, name: str) -> Program:
-    """The program of a walk."""
+def attribute(walk: Walk) -> None:
+    """Drop what leads to no result; fill in phases, owners, gradients, and the places of what the step returns."""
     _drop_unread(walk)
     _set_phases(walk)
     _set_owners(walk)
     _update_in_place(walk)
+
+
+def describe(walk: Walk, name: str) -> Program:
+    """The program of a walk."""
+    attribute(walk)
     names = _Names(walk)
     operations = tuple(names.operation(kernel) for kernel in group(walk))
     program = Program(

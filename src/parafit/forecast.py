@@ -78,8 +78,8 @@ def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], P
     peak_bytes, seconds = chunk.peak_bytes, 0.0
     try:
         cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=chunk.capacity))
-        copied = program().bytes_of("input") if chunk.capacity == 1 else 0  # one batch is used where it lies
-        peak_bytes = cost.peak_bytes - cost.memory["context"] + progress.block_bytes(arrays) - copied / plan.device_count
+        copied = cost.memory.get("inputs", 0.0) if chunk.capacity == 1 else 0.0  # one batch is used where it lies
+        peak_bytes = cost.peak_bytes - cost.memory["context"] + progress.block_bytes(arrays) - copied
         seconds = cost.seconds if calibrate.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
     except (ModelError, ProgramError, PlanError, MachineError) as error:
         print(f"parafit: the cost model does not know this step: {error}")

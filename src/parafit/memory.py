@@ -2,13 +2,17 @@
 
 A forward result that the backward pass reads is kept, once for each block and each microbatch in flight; everything else lives from
 the operation that writes it to the last that reads it. With recomputation only what passes between blocks is kept.
+
+A program that knows its buffers is taken at its word, unless a plan cuts it into stages or recomputes. Then gradients live only
+until they are used, or, summed over microbatches, all the time.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parafit.program import Operation, Program, Tensor
+from parafit.plan import Plan
+from parafit.program import BUFFERED, Operation, Program, Tensor
 from parafit.shares import Shares
 
 
@@ -37,15 +41,41 @@ def peak(program: Program, shares: Shares, stage: Stage, *, reserved_bytes: floa
         reserved_bytes: what the runtime takes.
 
     Returns:
-        Bytes by "parameters", "gradients", "slots", "state", "activations", "temporaries" and "context".
+        Bytes by "parameters", "gradients", "slots", "state", "inputs", "activations", "temporaries" and "context"; inputs are among
+        the activations unless the program knows its buffers.
     """
-    parts: dict[str, float] = dict.fromkeys(("parameters", "gradients", "slots", "state", "activations", "temporaries"), 0.0)
+    parts: dict[str, float] = dict.fromkeys(("parameters", "slots", "state", *BUFFERED), 0.0)
     for tensor in _held(program, stage):
         name = {"parameter": "parameters", "gradient": "gradients", "slot": "slots"}.get(tensor.role, "state")
         parts[name] += shares.stored_bytes(tensor) * _copies(tensor, stage)
-    kept, moments = _live(program, shares, stage)
-    parts["activations"], parts["temporaries"] = kept * stage.in_flight, moments
+    if is_compiled(program, shares.plan):
+        summed = parts["gradients"] if shares.plan.microbatches > 1 else 0.0
+        parts |= _fullest(program, shares)
+        parts["gradients"] += summed
+    else:
+        kept, moments = _live(program, shares, stage)
+        parts["activations"], parts["temporaries"] = kept * stage.in_flight, moments
     return parts | {"context": reserved_bytes}
+
+
+def is_compiled(program: Program, plan: Plan) -> bool:
+    """Whether memory under a plan follows from the program's buffers."""
+    return bool(program.buffers) and plan.recompute == "none" and plan.axes.get("pipeline", 1) == 1
+
+
+def _fullest(program: Program, shares: Shares) -> dict[str, float]:
+    """Bytes of each part of the buffers at the moment when they are most together."""
+    changes: dict[int, dict[str, float]] = {}
+    for buffer in program.buffers:
+        bytes_ = buffer.bytes * shares.fraction(buffer.dims)
+        for moment, change in ((buffer.first, bytes_), (buffer.last + 1, -bytes_)):
+            parts = changes.setdefault(moment, dict.fromkeys(BUFFERED, 0.0))
+            parts[buffer.part] += change
+    best = now = dict.fromkeys(BUFFERED, 0.0)
+    for moment in sorted(changes):
+        now = {part: now[part] + change for part, change in changes[moment].items()}
+        best = max(best, now, key=lambda parts: sum(parts.values()))
+    return {part: max(0.0, value) for part, value in best.items()}
 
 
 def boundary(program: Program, operations: Sequence[Operation]) -> tuple[Tensor, ...]:

@@ -56,7 +56,7 @@ def find_plan(
     >>> plan.device_count
     8
     """
-    program, refused = _program(model, x, y, batch_size)
+    program, refused = _program(model, x, y, batch_size, here=machine is None)
     if allow is None:
         allow = (RUNS if machine is None else SAME_NUMBERS) - refused
     if machine is None:
@@ -80,7 +80,7 @@ def this_machine() -> Machine:
     return replace(machine, devices_per_host=1) if jax.default_backend() == "cpu" else machine
 
 
-def _program(model: Any, x: Any, y: Any, batch_size: int | None) -> tuple[Program, frozenset[str]]:
+def _program(model: Any, x: Any, y: Any, batch_size: int | None, *, here: bool) -> tuple[Program, frozenset[str]]:
     """What is to be planned, and the techniques that this model cannot run."""
     if isinstance(model, Program):
         return model, frozenset()
@@ -88,13 +88,15 @@ def _program(model: Any, x: Any, y: Any, batch_size: int | None) -> tuple[Progra
         if batch_size is None:
             raise ModelError(f"network {model!r} needs batch_size=: the rows of one step over all devices together.")
         return named(model, batch=batch_size), frozenset()
-    return keras_program(model, x, y, batch_size=batch_size)
+    return keras_program(model, x, y, batch_size=batch_size, here=here)
 
 
-def keras_program(model: Any, x: Any = None, y: Any = None, *, batch_size: int | None = None) -> tuple[Program, frozenset[str]]:
+def keras_program(
+    model: Any, x: Any = None, y: Any = None, *, batch_size: int | None = None, here: bool = False
+) -> tuple[Program, frozenset[str]]:
     """The program of a compiled Keras model's training step, and the techniques that this model cannot run.
 
-    Args and errors are those of `find_plan`.
+    Args and errors are those of `find_plan`; `here`: the program is to run on this machine, whose compiler is known.
     """
     import jax
 
@@ -113,20 +115,25 @@ def keras_program(model: Any, x: Any = None, y: Any = None, *, batch_size: int |
         adapter.build(feed.example)
         shapes = feed.shapes()
     step = adapter.train_step()
-    return step_program(step, shapes, model.name), refused_techniques(step)
+    return step_program(step, shapes, model.name, here=here), refused_techniques(step)
 
 
-def step_program(step: Any, batch: Any, name: str) -> Program:
+def step_program(step: Any, batch: Any, name: str, *, here: bool = True) -> Program:
     """The program of an adapted model's step, with what is known of its layers.
 
     Args:
         step: a `parafit.adapt.Step`.
         batch: one global batch, packed as the step takes it: arrays or shapes.
         name: of the model.
+        here: whether it is to run on this machine, whose compiler is known.
     """
+    import jax
+
+    from parafit.rewrite import rewrite_jaxpr
     from parafit.trace import trace_step
 
-    program = trace_step(step, step.read(), batch, fixed=step.read_fixed(), name=name)
+    lower = rewrite_jaxpr if here and jax.default_backend() == "cpu" else None
+    program = trace_step(step, step.read(), batch, fixed=step.read_fixed(), name=name, lower=lower)
     return replace(program, couples_batch=program.couples_batch or step.parts.couples) if step.parts else program
 
 

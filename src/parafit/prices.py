@@ -7,7 +7,7 @@ from typing import Any
 
 from parafit.cost import Cost, Pricing, Software
 from parafit.machine import Machine
-from parafit.memory import Stage, peak
+from parafit.memory import Stage, is_compiled, peak
 from parafit.plan import Plan
 from parafit.program import Operation, Program
 from parafit.shares import Share, Shares
@@ -127,8 +127,11 @@ class _Remembered(Pricing):
         def part(key: Hashable, *names: str) -> dict[str, float]:
             return self.remember(key, lambda: {name: value for name, value in work().items() if (name in names)})
 
-        moving = part(("activations", place, self.stages, self.part), "activations", "temporaries", "context")
-        resting = part(("state", place, self.state), "parameters", "gradients", "slots", "state")
+        # Gradients rest like state where they wait for the update, and pass like activations in a program that knows its buffers.
+        compiled = is_compiled(self.program, self.plan)
+        gradients = ("gradients", place, self.state, (self.part, self.plan.store_group) if compiled else None)
+        moving = part(("activations", place, self.stages, self.part), "inputs", "activations", "temporaries", "context")
+        resting = part(("state", place, self.state), "parameters", "slots", "state") | part(gradients, "gradients")
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 

@@ -17,6 +17,9 @@ ROLES = ("parameter", "slot", "state", "input", "activation", "gradient")
 """What a tensor is: a trained weight; an optimiser's slot; other state (statistics, seeds, metrics); a batch's array; a
 result of the forward pass, or of the backward pass on the way; the gradient of a parameter."""
 
+BUFFERED = ("inputs", "activations", "gradients", "temporaries")
+"""What memory is for that a step needs for some time: a copy of its batch, results of the forward pass, gradients, all else."""
+
 PHASES = ("forward", "backward", "update")
 
 KINDS = (
@@ -101,6 +104,24 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """Memory that a compiled step needs for some time, beside its state.
+
+    Attributes:
+        part: one of `BUFFERED`, after the array it is made for.
+        bytes: for the global batch.
+        dims: of that array, as far as the program's tensors have them.
+        first, last: the moments from which and up to which it is needed.
+    """
+
+    part: str
+    bytes: int
+    dims: tuple[str, ...]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """What one training step computes.
 
@@ -112,6 +133,7 @@ class Program:
         unknown: names of primitives that are replicated because parafit does not know how they split.
         couples_batch: why the rows of a batch are not independent ("" where they are): batch statistics, random masks.
         fixed: dims that some operation cannot split (windows slide over it, a sort or a loop runs along it, a slice cuts it).
+        buffers: what the compiled step holds, where its compiler is known; else memory follows from the operations.
 
     >>> x = Tensor(name="x", shape=(32, 784), dims=("batch", "pixels"), role="input")
     >>> w = Tensor(name="w", shape=(784, 10), dims=("pixels", "classes"), role="parameter")
@@ -131,6 +153,7 @@ class Program:
     unknown: tuple[str, ...] = ()
     couples_batch: str = ""
     fixed: frozenset[str] = frozenset()
+    buffers: tuple[Buffer, ...] = ()
 
     @cached_property
     def flops(self) -> float:

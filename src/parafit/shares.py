@@ -102,7 +102,7 @@ class Shares:
     def local_bytes(self, tensor: Tensor) -> float:
         """Bytes of a device's part of a tensor, of one microbatch, as operations use it."""
         if tensor.name not in self._local:
-            self._local[tensor.name] = tensor.bytes * self._fraction(tensor.dims)
+            self._local[tensor.name] = tensor.bytes * self.fraction(tensor.dims)
         return self._local[tensor.name]
 
     def stored_bytes(self, tensor: Tensor) -> float:
@@ -143,7 +143,8 @@ class Shares:
         parts *= self.plan.microbatches if dim == "batch" else 1
         return math.ceil(size / parts) / size
 
-    def _fraction(self, dims: Iterable[str]) -> float:
+    def fraction(self, dims: Iterable[str]) -> float:
+        """A device's part of what has these dims, of one microbatch."""
         cuts = [dim for axis in self._orders if (dim := self.split(dims, axis))]
         if "batch" in dims and "batch" not in cuts:
             cuts.append("batch")

@@ -2,16 +2,19 @@
 
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 
-from parafit.describe import describe
+from parafit.buffers import buffers
+from parafit.describe import attribute, describe
 from parafit.errors import ModelError
 from parafit.program import Program
 from parafit.walk import Leaf, Walk
 
 
-def trace_step(step, state, batch, *, fixed=(), name: str = "") -> Program:
+def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[[Any], Any] | None = None) -> Program:
     """The program of an adapted model's step.
 
     Args:
@@ -20,6 +23,8 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "") -> Program:
         batch: one global batch, packed as the step takes it: arrays or shapes, rows first.
         fixed: the weights that the step only reads.
         name: of the model.
+        lower: what becomes of the traced step before XLA:CPU compiles it (`parafit.rewrite.rewrite_jaxpr`), for a program that
+            knows its buffers; None: for a machine whose compiler is not known.
 
     Returns:
         Its program. Parameters, slots and state are tensors named by the path of their variable.
@@ -33,7 +38,7 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "") -> Program:
     for role, group in zip(roles, step.variables):
         weights += [_variable_leaf(variable, role) for variable in group]
     held = weights[len(step.fixed_variables) :]
-    return trace(step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name)
+    return trace(step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, lower=lower)
 
 
 def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str = "loss") -> Program:
@@ -77,7 +82,15 @@ def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str =
     return trace(step, (parameters, slots, batch), [*held, *inputs], results=held, name=name)
 
 
-def trace(function: Callable, arguments: tuple, leaves: Sequence[Leaf], *, results: Sequence[Leaf] = (), name: str = "") -> Program:
+def trace(
+    function: Callable,
+    arguments: tuple,
+    leaves: Sequence[Leaf],
+    *,
+    results: Sequence[Leaf] = (),
+    name: str = "",
+    lower: Callable[[Any], Any] | None = None,
+) -> Program:
     """The program of any step.
 
     Args:
@@ -86,6 +99,7 @@ def trace(function: Callable, arguments: tuple, leaves: Sequence[Leaf], *, resul
         leaves: name and role of each of the arguments' leaves.
         results: for the last leaves of what it returns, the argument each replaces (or is the gradient of).
         name: of the model.
+        lower: as in `trace_step`.
 
     Raises:
         ModelError: the function cannot be traced.
@@ -96,7 +110,13 @@ def trace(function: Callable, arguments: tuple, leaves: Sequence[Leaf], *, resul
     except Exception as error:
         raise _untraceable(error, name) from error
     named = _told_apart(leaves)
-    return describe(Walk(traced, list(named.values()), [named[id(leaf)] for leaf in results]), name)
+    held = [named[id(leaf)] for leaf in results]
+    program = describe(Walk(traced, list(named.values()), held), name)
+    if lower is None:
+        return program
+    walk = Walk(lower(traced), list(named.values()), held)
+    attribute(walk)
+    return replace(program, buffers=buffers(walk, program))
 
 
 def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Value:
         readers: operations that read it.
         leaves: the program returns it, or a loop hands it on.
         literal: a number in the program's text.
+        number: which one.
         cheap: computed from numbers in the program's text by what fuses, so that no loop need store it.
         seen: the view of it that tells what it is (a gradient in the shape of its parameter).
     """
@@ -52,13 +53,19 @@ class Value:
     readers: "list[Record]" = field(default_factory=list)
     leaves: bool = False
     literal: bool = False
+    number: Any = None
     cheap: bool = False
     seen: "Value | None" = None
 
     @property
+    def size(self) -> int:
+        """Elements of the whole array."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the whole array."""
-        return math.prod(self.shape) * self.itemsize
+        return self.size * self.itemsize
 
     def root(self) -> "Value":
         """The value this one is a view of, itself if of none."""
@@ -70,7 +77,12 @@ class Value:
 
 @dataclass(eq=False, kw_only=True)
 class Record:
-    """An operation of the traced step; fields as in `parafit.program.Operation` and `parafit.operations.Behaviour`, dims as numbers."""
+    """An operation of the traced step; fields as in `parafit.program.Operation` and `parafit.operations.Behaviour`, dims as numbers.
+
+    Attributes:
+        params: of its primitive.
+        loop: the record of the innermost loop that it runs in, None outside of loops.
+    """
 
     primitive: str
     kind: str
@@ -87,6 +99,8 @@ class Record:
     alias: bool = False
     costly: bool = False
     absorbs: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)
+    loop: "Record | None" = None
 
 
 class Walk:
@@ -107,6 +121,7 @@ class Walk:
         self.records: list[Record] = []
         self.hints: list[tuple[int, str, str, int]] = []
         self.unknown: dict[str, None] = {}
+        self._loop: Record | None = None
         self.arguments = [self._argument(var.aval, leaf) for var, leaf in zip(traced.jaxpr.invars, leaves)]
         self.batch = self._tie_rows()
         outputs = self._jaxpr(traced.jaxpr, traced.consts, self.arguments, "", 1)
@@ -125,6 +140,11 @@ class Walk:
         dims = [self.dims.new(size) for size in shape] if dims is None else dims
         return Value(shape=shape, itemsize=itemsize, dims=dims, layer=layer, literal=literal)
 
+    def _literal(self, var) -> Value:
+        value = self._value(var.aval, literal=True)
+        value.number = var.val
+        return value
+
     def _tie_rows(self) -> list[int]:
         rows = [value.dims[0] for value in self.arguments if value.role == "input" and value.shape]
         rows = [dim for dim in rows if self.dims.size(dim) == self.dims.size(rows[0])]
@@ -137,7 +157,7 @@ class Walk:
     def _jaxpr(self, jaxpr, consts, inputs: list[Value], scope: str, steps: int) -> list[Value]:
         values = dict(zip(jaxpr.invars, inputs))
         values.update((var, self._value(var.aval)) for var in jaxpr.constvars)
-        read = lambda var: self._value(var.aval, literal=True) if hasattr(var, "val") else values[var]  # noqa: E731
+        read = lambda var: self._literal(var) if hasattr(var, "val") else values[var]  # noqa: E731
         for equation in jaxpr.eqns:
             stack = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
             outputs = self._equation(equation, [read(var) for var in equation.invars], stack, steps)
@@ -162,7 +182,7 @@ class Walk:
         self.dims.fix([time])
         for value in stacked:
             self.dims.tie(time, value.dims[0])
-        self._enter(inputs, carry, scope, steps * length)
+        outer = self._enter(inputs, carry, scope, steps * length)
         label = _prefix([value.root().name for value in stacked if value.root().role == "parameter"])
         self.hints.append((time, "steps", _layer(scope) or label, 4))
         scope = scope if _layer(scope) else f"{scope}/{label}"
@@ -173,6 +193,7 @@ class Walk:
             whole = self._value(var.aval, [time, *value.dims], value.layer)
             self._keep(value, whole, scope, steps * length)
             outputs.append(whole)
+        self._loop = outer
         return outputs
 
     def _while(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
@@ -180,18 +201,23 @@ class Walk:
         params = equation.params
         test, fixed = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         carry = inputs[fixed:]
-        self._enter(inputs, carry, scope, steps)
+        outer = self._enter(inputs, carry, scope, steps)
         views = [self._view(value) for value in carry]
         self._jaxpr(*_opened(params["cond_jaxpr"]), [*inputs[:test], *views], scope, steps)
         leaving = self._jaxpr(*_opened(params["body_jaxpr"]), [*inputs[test:fixed], *views], scope, steps)
-        return self._carried(carry, leaving, scope, steps)
+        outputs = self._carried(carry, leaving, scope, steps)
+        self._loop = outer
+        return outputs
 
-    def _enter(self, inputs: list[Value], carry: list[Value], scope: str, steps: int) -> None:
-        self._record("loop", "loop", scope, [], [], steps=steps)
+    def _enter(self, inputs: list[Value], carry: list[Value], scope: str, steps: int) -> Record | None:
+        """Start a loop; gives the one that it is inside of."""
+        outer = self._loop
+        self._loop = self._record("loop", "loop", scope, [], [], steps=steps)
         for value in inputs:
             value.root().leaves = value.root().leaves or not value.root().cheap
         for value in carry:
             value.root().literal, value.root().leaves = False, True
+        return outer
 
     def _view(self, value: Value, shape=None, dims: list[int] | None = None) -> Value:
         """A value as the body of a loop sees it: all of it, or the slice of one step."""
@@ -204,7 +230,10 @@ class Walk:
         for before, after in zip(carry, leaving):
             self._tie(before.dims, after.dims)
             self._keep(after, before, scope, steps)
-        return [self._view(value) for value in carry]
+        outputs = [self._view(value) for value in carry]
+        for value in outputs:
+            value.producer = self._loop
+        return outputs
 
     def _keep(self, value: Value, place: Value, scope: str, steps: int) -> None:
         """Let a loop's body write `value` into `place` (one slice of it, at every step)."""
@@ -258,6 +287,7 @@ class Walk:
             self.unknown[name] = None
         record = self._record(name, ours.kind, scope, inputs, contracted, steps=steps, flops=flops)
         record.fuses, record.alias, record.costly, record.absorbs = ours.fuses, ours.alias, ours.costly, ours.absorbs
+        record.params = params
         outputs = [self._value(var.aval, group, record.layer) for var, group in zip(equation.outvars, dims)]
         if ours.alias:
             for value, source in zip(outputs, inputs):
@@ -282,6 +312,7 @@ class Walk:
             outputs=[],
             flops=options.pop("flops", 0.0),
             contracted=contracted,
+            loop=self._loop,
             **options,
         )
         for value in inputs:

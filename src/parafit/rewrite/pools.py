@@ -49,11 +49,11 @@ def _chosen(images: jax.Array, shape: Sequence[int], window, strides, padding) -
 
 def _spread_tiled(gradient, chosen, shape, window, strides, padding):
     """Windows that tile the images: each position asks whether it was chosen."""
-    split = [length for count, width in zip(gradient.shape, window) for length in (count, width)]
     blocks = [length for count in gradient.shape for length in (count, 1)]
-    number: Any = 0
+    within = [length for width in window for length in (1, width)]
+    number: Any = 0  # of the window alone: numbers for every pixel would be stored through all steps
     for dim, width in enumerate(window):
-        number = number * width + lax.broadcasted_iota(jnp.int32, split, 2 * dim + 1)
+        number = number * width + lax.broadcasted_iota(jnp.int32, within, 2 * dim + 1)
     tiles = jnp.where(chosen.reshape(blocks) == number, gradient.reshape(blocks), jnp.zeros((), gradient.dtype))
     whole = tiles.reshape([count * width for count, width in zip(gradient.shape, window)])
     widths = [(0, size - covered, 0) for size, covered in zip(shape, whole.shape)]
