@@ -17,8 +17,8 @@ from parafit.errors import PlanError
 from parafit.rewrite import in_bfloat16
 
 BOUND = 1e-4
-"""By how much of their norm weights of two layouts may differ. Sums in another order may tip an operand to its other neighbour in bfloat16, a
-step of 2⁻⁸, but hardly any do; weights in float32 are further away than this."""
+"""By how much of their norm weights of two layouts may differ. Sums in another order may tip an operand to its other neighbour in bfloat16,
+a step of 2⁻⁸, but hardly any do; weights in float32 are further away than this."""
 
 
 def network(rate=1e-3):
@@ -124,7 +124,7 @@ def test_what_is_no_product_of_float32_matrices_is_left_alone():
 
 @pytest.mark.usefixtures("float64")
 def test_a_float64_model_is_refused():
-    with pytest.raises(PlanError, match="precision=bfloat16 changes nothing here.*this step multiplies float64. Leave it out"):
+    with pytest.raises(PlanError, match=r"precision=bfloat16 changes nothing here.*this step multiplies float64\. Leave it out"):
         fit("precision=bfloat16")
 
 

@@ -35,8 +35,8 @@ class HalfProducts:
         """Refuse a step in which bfloat16 products change nothing although it has no such products of its own."""
         if not self.rounds and not self.multiplied & {"bfloat16", "float16"}:
             raise PlanError(
-                "precision=bfloat16 changes nothing here: it rounds operands of float32 products that ask for no precision of their own, and "
-                f"this step multiplies {', '.join(sorted(self.multiplied)) or 'no matrices'}. Leave it out of the plan, or build the model "
+                "precision=bfloat16 changes nothing here: it rounds operands of float32 products that ask for no precision of their own, "
+                f"and this step multiplies {', '.join(sorted(self.multiplied)) or 'no matrices'}. Leave it out of the plan, or build the model "
                 "in float32."
             )
 

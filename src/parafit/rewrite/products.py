@@ -28,7 +28,7 @@ def _half_precision_form(equation: JaxprEqn) -> Callable | None:
 
 
 def _half_product(left: jax.Array, right: jax.Array, dimension_numbers, precision=None) -> jax.Array:
-    """A float32 product of bfloat16 operands in the one form that XLA:CPU gives to the processor: the left operand summed over its last dim.
+    """A float32 product of bfloat16 operands in the form that XLA:CPU gives to the processor: the left operand summed over its last dim.
 
     The barriers keep transposes out of it. XLA:CPU first chooses how to run a product and then moves transposes into it, which may end in
     "Unsupported element type for DotThunk: BF16 x BF16 = F32" (JAX 0.10.2: `(left @ right).T`, `left.T @ right`).
@@ -54,7 +54,7 @@ def _lies(array: jax.Array, dims: Sequence[int]) -> bool:
 
 
 def _matrices(array: jax.Array, batch: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> jax.Array:
-    """The array as (batch, rows, columns), or (rows, columns) where there is no batch, each of several dims; copied if it lies otherwise."""
+    """The array as (batch, rows, columns), or (rows, columns) without a batch, each of several dims; copied if it lies otherwise."""
     order, shape = (*batch, *rows, *columns), array.shape
     if not _lies(array, order):
         array = lax.optimization_barrier(lax.transpose(array, order).reshape(-1))
