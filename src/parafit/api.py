@@ -238,6 +238,6 @@ def _why_stepwise(adapter: KerasModel, *parts) -> str | None:
 
 
 def _leave_to_keras(plan: Plan, reason: str) -> None:
-    if plan.device_count > 1:
+    if plan != Plan():
         raise PlanError(f"plan {plan.short()!r} needs compiled steps, but this model runs step by step: {reason}. Use plan='single'.")
     warnings.warn(f"parafit leaves this run to Keras, one step at a time: {reason}.", stacklevel=3)

@@ -12,7 +12,7 @@ import numpy as np
 from parafit import compat
 from parafit.adapt import State, Step, remembered
 from parafit.mesh import Lookup, Placement
-from parafit.rewrite import rewrite_jaxpr
+from parafit.rewrite import in_bfloat16, rewrite_jaxpr
 from parafit.techniques import planned_function
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
@@ -106,6 +106,8 @@ def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
 def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any]:
     """The step as a function that no longer runs the model's Python code, and the shapes of its outputs."""
     traced, (outputs, new_state) = jax.make_jaxpr(planned_function(step, placement, batch), return_shape=True)(fixed, state, batch)
+    if placement.plan.precision == "bfloat16":
+        traced = in_bfloat16(traced)
     if jax.default_backend() == "cpu":
         traced = rewrite_jaxpr(traced)
     flat = compat.jaxpr_as_function(traced)

@@ -169,7 +169,5 @@ def _check_runs(plan: Plan) -> None:
         if value != idle:
             raise PlanError(
                 f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
-                "Use data, tensor, zero=, microbatches= or recompute=."
+                "Use data, tensor, zero=, microbatches=, recompute= or precision=."
             )
-    if plan.precision != "float32":
-        raise PlanError(f"plan {plan.short()!r}: this version prices precision={plan.precision} but does not run it yet. Use float32.")

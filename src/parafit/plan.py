@@ -39,7 +39,7 @@ class Plan:
         store_group: neighbours along the store axis over which state is split; 0 means the whole axis. (Hybrid sharding inside a host.)
         microbatches: parts a device's share of the batch is cut into, gradients accumulated (and what a pipeline pumps through).
         recompute: "none", or "blocks": activations inside blocks are computed again in the backward pass.
-        precision: "float32", or "bfloat16": operands of matmuls.
+        precision: "float32", or "bfloat16": operands of float32 products and convolutions; results, state and all else stay float32.
         interleave: chunks of the model per pipeline stage (1F1B with virtual stages).
 
     Raises:

@@ -12,7 +12,7 @@ from parafit.plan import Plan
 from parafit.program import Program
 from parafit.search import search
 
-RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute"})
+RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
 """The techniques that this version runs; it prices others."""
 
 _WHOLE_STEP = frozenset({"microbatches", "recompute"})  # need a step that can be taken apart
@@ -41,8 +41,8 @@ def find_plan(
         machine: a `Machine`, or the name of a preset such as "h100x8"; None: the machine that this runs on.
         goal: "time", "memory" or "cost", as in `search`.
         max_bytes: what a device may hold; default: its memory.
-        allow: techniques that may be used, as in `search`; default: for this machine those that parafit runs, for another all
-            that leave the numbers as they are.
+        allow: techniques that may be used, as in `search`; default: those that leave the numbers as they are, for this
+            machine those of them that parafit runs.
 
     Returns:
         The plan; its `ranking` holds the price and what else was considered.
@@ -58,7 +58,7 @@ def find_plan(
     """
     program, refused = _program(model, x, y, batch_size, here=machine is None)
     if allow is None:
-        allow = (RUNS if machine is None else SAME_NUMBERS) - refused
+        allow = (RUNS & SAME_NUMBERS if machine is None else SAME_NUMBERS) - refused
     if machine is None:
         machine = this_machine()
     elif isinstance(machine, str):

@@ -3,10 +3,12 @@
 A chunk of training steps is one loop, and XLA:CPU's own clean-up of convolutions visits a program's outermost computation only. Other
 operations are slow everywhere: kernel gradients of dense layers over more than two dimensions, pooling and its gradients, depthwise
 and grouped convolutions, random bits, `top_k` of few candidates, bfloat16 products. Thresholds are measured (JAX 0.10.2, Zen 5, 2 cores).
-This pass exchanges each such equation of a traced step for one equation that calls a function of plain, fast operations. Every other
+The first pass exchanges each such equation of a traced step for one equation that calls a function of plain, fast operations. Every other
 equation is kept as the very object it was, with its names, effects and sharding constraints.
 
 The values are those of the original to the rounding of its dtype; random bits, `top_k` and pooling of finite numbers are identical.
+
+The second pass, `in_bfloat16`, is for plans that ask for it, on every machine: it rounds the operands of products.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 
 from parafit.rewrite.bits import choose_random_bits, choose_top_k
 from parafit.rewrite.convolutions import choose_convolution
+from parafit.rewrite.half import HalfProducts
 from parafit.rewrite.pools import choose_pool, choose_pool_gradient
 from parafit.rewrite.products import choose_dot
 
@@ -52,13 +55,35 @@ def rewrite_jaxpr(closed: ClosedJaxpr) -> ClosedJaxpr:
     >>> rewrite_jaxpr(closed) is closed
     True
     """
-    return _Rewriter().closed(closed)
+    return _Rewriter(_CHOOSERS).closed(closed)
+
+
+def in_bfloat16(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """`closed` with float32 products of matrices and convolutions of bfloat16 operands, at every depth; their results stay float32.
+
+    Raises:
+        PlanError: it has no such products, nor products of numbers of two bytes.
+
+    >>> import jax, jax.numpy as jnp
+    >>> closed = in_bfloat16(jax.make_jaxpr(lambda x: x @ x)(jnp.full((2, 2), 1 + 2**-9)))
+    >>> jaxpr_as_fun(closed)(jnp.full((2, 2), 1 + 2**-9))[0].tolist()
+    [[2.0, 2.0], [2.0, 2.0]]
+    """
+    half = HalfProducts()
+    halved = _Rewriter(dict.fromkeys(("dot_general", "conv_general_dilated"), half.choose)).closed(closed)
+    half.check()
+    return halved
 
 
 class _Rewriter:
-    """One pass; equal equations share one replacement, so that the lowered program holds it once."""
+    """One pass; equal equations share one replacement, so that the lowered program holds it once.
 
-    def __init__(self):
+    Args:
+        choosers: for primitives by name: `equation -> form`, a function of its operands to call instead, or None to keep the equation.
+    """
+
+    def __init__(self, choosers: dict[str, Callable[[JaxprEqn], Callable | None]]):
+        self.choosers = choosers
         self.rewritten: dict[int, tuple[Jaxpr, Jaxpr]] = {}
         self.replacements: dict[Any, JaxprEqn] = {}
 
@@ -74,7 +99,7 @@ class _Rewriter:
         return self.rewritten[id(jaxpr)][1]
 
     def equation(self, equation: JaxprEqn) -> JaxprEqn:
-        choose = _CHOOSERS.get(equation.primitive.name)
+        choose = self.choosers.get(equation.primitive.name)
         form = choose(equation) if choose else None
         return self.exchanged(equation, form) if form else self.inside(equation)
 

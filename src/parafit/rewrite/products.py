@@ -1,7 +1,7 @@
 """Products of matrices: kernel gradients of dense layers, bfloat16 operands."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,64 @@ from jax.extend.core import JaxprEqn
 
 def choose_dot(equation: JaxprEqn) -> Callable | None:
     sums, batch = equation.params["dimension_numbers"]
-    left, right, result = (var.aval for var in (*equation.invars, *equation.outvars))
-    if batch != ((), ()) or left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating) or equation.params["out_sharding"]:
+    left, right = (var.aval for var in equation.invars)
+    if left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating) or equation.params["out_sharding"]:
         return None
-    if sums[0] == sums[1] and set(sums[0]) == set(range(len(sums[0]))):
-        return _leading_product_form(equation)
-    return _half_precision_form(equation) if left.dtype == result.dtype == jnp.bfloat16 else None
+    leading = batch == ((), ()) and sums[0] == sums[1] and set(sums[0]) == set(range(len(sums[0])))
+    return (leading and _leading_product_form(equation)) or _half_precision_form(equation)
 
 
-def _half_precision_form(equation: JaxprEqn) -> Callable:
+def _half_precision_form(equation: JaxprEqn) -> Callable | None:
     """XLA:CPU uses the processor's bfloat16 products only where the result is float32 (JAX 0.10.2); both round once, at the end."""
-    options = {**equation.params, "preferred_element_type": jnp.dtype("float32")}
-    return lambda left, right: lax.dot_general(left, right, **options).astype(jnp.bfloat16)
+    left, result = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
+    if left != jnp.bfloat16 or result not in (jnp.bfloat16, jnp.float32):
+        return None
+    dims, precision = equation.params["dimension_numbers"], equation.params["precision"]
+    return lambda left, right: _half_product(left, right, dims, precision).astype(result)
+
+
+def _half_product(left: jax.Array, right: jax.Array, dimension_numbers, precision=None) -> jax.Array:
+    """A float32 product of bfloat16 operands in the form that XLA:CPU gives to the processor: the left operand summed over its last dim.
+
+    The barriers keep transposes out of it. XLA:CPU first chooses how to run a product and then moves transposes into it, which may end in
+    "Unsupported element type for DotThunk: BF16 x BF16 = F32" (JAX 0.10.2: `(left @ right).T`, `left.T @ right`).
+    """
+    (sums, right_sums), (batch, right_batch) = dimension_numbers
+    free, right_free = _others(left, sums, batch), _others(right, right_sums, right_batch)
+    turned = _lies(right, (*right_batch, *right_free, *right_sums))
+    one = _matrices(left, batch, free, sums)
+    other = _matrices(right, right_batch, *((right_free, right_sums) if turned else (right_sums, right_free)))
+    first = len(one.shape) - 2
+    dims = ((first + 1,), (first + turned,)), (tuple(range(first)),) * 2
+    product = lax.dot_general(*lax.optimization_barrier((one, other)), dims, precision=precision, preferred_element_type=jnp.float32)
+    shape = *(left.shape[dim] for dim in (*batch, *free)), *(right.shape[dim] for dim in right_free)
+    return lax.optimization_barrier(product).reshape(shape)
+
+
+def _others(array: jax.Array, *taken: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dim for dim in range(array.ndim) if not any(dim in dims for dims in taken))
+
+
+def _lies(array: jax.Array, dims: Sequence[int]) -> bool:
+    return tuple(dims) == tuple(range(array.ndim))
+
+
+def _matrices(array: jax.Array, batch: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> jax.Array:
+    """The array as (batch, rows, columns), or (rows, columns) without a batch, each of several dims; copied if it lies otherwise."""
+    order, shape = (*batch, *rows, *columns), array.shape
+    if not _lies(array, order):
+        array = lax.optimization_barrier(lax.transpose(array, order).reshape(-1))
+    sizes = [math.prod(shape[dim] for dim in dims) for dims in (batch, rows, columns)]
+    return array.reshape(sizes if batch else sizes[1:])
 
 
 def _leading_product_form(equation: JaxprEqn) -> Callable | None:
     """A product summed over the leading dims of both operands: how a dense kernel's gradient is written."""
-    left, right = (var.aval.shape for var in equation.invars)
+    left, right = (var.aval for var in equation.invars)
     leading = len(equation.params["dimension_numbers"][0][0])
-    terms, rows, columns = math.prod(left[:leading]), math.prod(left[leading:]), math.prod(right[leading:])
-    if min(rows, columns, terms) < 2 or (leading == 1 and _product_form(terms, rows, columns) is _plain_product):
+    terms, rows, columns = math.prod(left.shape[:leading]), math.prod(left.shape[leading:]), math.prod(right.shape[leading:])
+    plain = left.dtype != jnp.bfloat16 and leading == 1 and _product_form(terms, rows, columns) is _plain_product
+    if min(rows, columns, terms) < 2 or plain:
         return None
     options = {name: equation.params[name] for name in ("precision", "preferred_element_type")}
 
@@ -44,7 +82,17 @@ def _leading_product_form(equation: JaxprEqn) -> Callable | None:
 def kernel_gradient(left: jax.Array, right: jax.Array, **options) -> jax.Array:
     """leftᵀ right for left (terms, rows), right (terms, columns), in the order of operations that XLA:CPU runs best."""
     terms, rows = left.shape
+    if left.dtype == jnp.bfloat16:
+        return _half_kernel_gradient(left, right, **options)
     return _product_form(terms, rows, right.shape[1])(left, right, **options)
+
+
+def _half_kernel_gradient(left: jax.Array, right: jax.Array, *, precision=None, preferred_element_type=None) -> jax.Array:
+    """The same for bfloat16 operands; the smaller one is copied."""
+    dims = (((0,), (0,)), ((), ()))
+    swapped = 2 * right.shape[1] <= left.shape[1]
+    product = _half_product(right, left, dims, precision).T if swapped else _half_product(left, right, dims, precision)
+    return product.astype(preferred_element_type or left.dtype)
 
 
 def _product_form(terms: int, rows: int, columns: int) -> Callable:
