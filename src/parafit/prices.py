@@ -5,12 +5,13 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
-from parafit.cost import Cost, Pricing, Software
+from parafit.cost import Cost, Pricing
 from parafit.machine import Machine
 from parafit.memory import Stage, peak
 from parafit.plan import Plan
 from parafit.program import Operation, Program
 from parafit.shares import Share, Shares
+from parafit.software import Software
 
 
 class Prices:
@@ -127,8 +128,8 @@ class _Remembered(Pricing):
         def part(key: Hashable, *names: str) -> dict[str, float]:
             return self.remember(key, lambda: {name: value for name, value in work().items() if (name in names)})
 
-        moving = part(("activations", place, self.stages, self.part), "activations", "temporaries", "context")
-        resting = part(("state", place, self.state), "parameters", "gradients", "slots", "state")
+        moving = part(("activations", place, stage.block_share, self.part), "activations", "temporaries", "context")
+        resting = part(("state", place, stage.block_share, self.state), "parameters", "gradients", "slots", "state")
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 
