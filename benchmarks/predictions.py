@@ -30,13 +30,14 @@ from benchmarks import surroundings
 from parafit.adapt import KerasModel
 from parafit.calibrate import calibrate, here
 from parafit.chunk import find_chunk
-from parafit.cost import Software, price
+from parafit.cost import price
 from parafit.data import Feed
 from parafit.machine import Machine
 from parafit.mesh import Placement
 from parafit.plan import Plan
 from parafit.residuals import Residual, correction
 from parafit.rewrite import rewrite_jaxpr
+from parafit.software import Software
 from parafit.trace import trace_step
 
 EPOCHS = 12

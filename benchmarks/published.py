@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.published_doubts import doubts
 from benchmarks.published_tables import TABLES, Case, Row, SkippedError, price_of
 from parafit.cost import Cost
 
@@ -59,56 +60,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def siblings(path: Path) -> dict[tuple, float]:
-    """The best throughput of each layout of a table, whatever its ZeRO stage, repeats included."""
-    best: dict[tuple, float] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            best[_layout(row)] = max(best.get(_layout(row), 0.0), _throughput(row))
-    return best
-
-
-def _throughput(row: Row) -> float:
-    """Something that grows with the speed of a row, to be compared within a table; 0 where nothing was printed."""
-    if row["tokens_per_s_per_gpu"]:
-        return float(row["tokens_per_s_per_gpu"])
-    return 1 / float(row["step_time_s"]) if row["step_time_s"] else 0.0
-
-
-def _layout(row: Row) -> tuple:
-    names = (
-        "source",
-        "model",
-        "gpu",
-        "gpus",
-        "seq_len",
-        "global_batch",
-        "micro_batch",
-        "tp",
-        "pp",
-        "dp",
-        "recompute",
-        "precision",
-        "layers",
-        "hidden",
-        "heads",
-    )
-    return tuple(row[name] for name in names)
-
-
 def score(path: Path, read: Callable[[Row], Case]) -> tuple[list[Scored], Counter]:
     """Every usable row of a table with its price, and how many rows were not used, by reason."""
-    scored, skipped, best = [], Counter(), siblings(path)
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                if 0 < 1.5 * _throughput(row) < best[_layout(row)]:
-                    raise SkippedError("a repeat, or the same layout with another ZeRO stage, is more than 1.5 times as fast")
-                case = read(row)
-            except SkippedError as reason:
-                skipped[str(reason)] += 1
-            else:
-                scored.append(price_case(case))
+        rows = list(csv.DictReader(file))
+    scored, skipped, doubt = [], Counter(), doubts(rows)
+    for row in rows:
+        try:
+            if reason := doubt(row):
+                raise SkippedError(reason)
+            case = read(row)
+        except SkippedError as reason:
+            skipped[str(reason)] += 1
+        else:
+            scored.append(price_case(case))
     return scored, skipped
 
 

@@ -7,10 +7,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from parafit.cost import Cost, Software, price
+from benchmarks.published_software import (
+    ALPA,
+    BIGSCIENCE,
+    FOUNDRY,
+    MEGATRON_2021,
+    MEGATRON_CORE,
+    MEGATRON_LOSS,
+    TRITON_ATTENTION,
+    SkippedError,
+    nanotron,
+)
+from parafit.cost import Cost, price
 from parafit.machine import Machine
 from parafit.networks import Transformer, transformer
 from parafit.plan import STORED, Plan
+from parafit.software import Software
 
 Row = dict[str, str]
 
@@ -29,10 +41,6 @@ class Case:
     fits: bool
     memory_bytes: float = 0.0
     label: str = ""
-
-
-class SkippedError(Exception):
-    """Why a row is not used."""
 
 
 def price_of(case: Case) -> Cost:
@@ -104,14 +112,6 @@ def megatron_seconds(row: Row, shape: Transformer, teraflops: float) -> float:
     return per_token * shape.batch * length / (teraflops * 1e12 * whole(row, "gpus"))
 
 
-EAGER_LAUNCH = 6e-5
-"""Eager PyTorch: one operation of a program is about five kernels, each of which takes the host about 12 microseconds (from memory)."""
-CACHING = 0.1
-"""Share of memory that PyTorch's caching allocator loses to fragments (from memory)."""
-MEGATRON_LOSS = (9.5, 1.75)
-"""Megatron-LM core/tensor_parallel/cross_entropy.py, in float32, operation by operation: 38 bytes a logit forward, 14 backward."""
-MEGATRON_2021 = Software(precision="float16", overlap_gradients=False, send_split=True, recomputes_all=True, equal_stages=True)
-MEGATRON_CORE = Software(overlap_gradients=True, overlap_tensor=True, equal_stages=True)
 SC21 = {
     **{f"GPT-{size}B": (16, 1) for size in ("1.7", "3.6", "7.5")},
     **{"GPT-18B": (8, 1), "GPT-39B": (4, 1), "GPT-76B": (2, 3), "GPT-145B": (2, 2), "GPT-310B": (1, 2)},
@@ -171,14 +171,6 @@ def _megatron_core(row: Row) -> Case:
     return min(fitting or prices, key=lambda pair: pair[1].seconds)[0]
 
 
-TRITON_ATTENTION = ({"forward": 0.40, "backward": 0.35}, {"forward": 0.19, "backward": 0.165})
-"""FlashAttention in Triton: on A100 100 to 120 TFLOP/s forward and backward together at 2k to 16k, causal (Dao 2023, figure 4;
-from memory);
-on H100 1.5 times that, as FlashAttention-2 without Hopper's instructions (335 against 225 TFLOP/s, ibid.)."""
-FOUNDRY = Software(prefetch=("forward",), launch_seconds=EAGER_LAUNCH, memory_slack=CACHING)
-"""Composer's FSDP: backward_prefetch BACKWARD_POST gathers a block only once the gradients of the one before are done (from memory)."""
-
-
 def foundry(row: Row) -> Case:
     """MosaicML llm-foundry: FSDP, eager PyTorch, FlashAttention in Triton."""
     trusted(row)
@@ -205,33 +197,27 @@ def foundry(row: Row) -> Case:
     )
 
 
-NANOTRON = Software(overlap_gradients=True, launch_seconds=EAGER_LAUNCH, memory_slack=CACHING)
-
-
 def ultrascale(row: Row) -> Case:
     """Ultra-scale playbook: nanotron on H100 with EFA."""
     trusted(row)
     shape = shape_of(row, gated=True, rotary=True, biases=False, gradient_itemsize=4, tied="1B" in row["model"], loss_passes=MEGATRON_LOSS)
     sizes = {name: whole(row, name) for name in ("dp", "tp", "pp")}
+    shape = replace(shape, spare_itemsize=4 if sizes["dp"] > 1 and row["zero_stage"] == "0" else 2)
     plan = layout(row, **sizes, micro_batch=whole(row, "micro_batch"), zero=whole(row, "zero_stage"), sequence_parallel=sizes["tp"] > 1)
-    gpus, fits = whole(row, "gpus"), row["status"] == "ok"
+    gpus, fits, machine = whole(row, "gpus"), row["status"] == "ok", _cluster("h100x8", row, "efa")
     seconds = shape.batch * shape.sequence / (number(row, "tokens_per_s_per_gpu") * gpus) if fits else 0.0
     return Case(
         table=f"ultra-scale {row['model'][-2:]}",
         sweep=f"{row['model']} {gpus}",
         shape=shape,
         plan=plan,
-        machine=_cluster("h100x8", row, "efa"),
-        software=NANOTRON,
+        machine=machine,
+        software=nanotron(shape, plan, machine.hosts),
         seconds=seconds,
         fits=fits,
         memory_bytes=number(row, "mem_gib", 0.0) * 2**30,
         label=f"{row['model']} n={gpus} mbs={row['micro_batch']} tp={sizes['tp']} pp={sizes['pp']} dp={sizes['dp']} z={row['zero_stage']}",
     )
-
-
-BIGSCIENCE = Software(precision="float16", overlap_gradients=False, recomputes_all=True, send_split=True, memory_slack=CACHING)
-"""DeepSpeed's pipeline sends a part of each activation from each device of a tensor group (is_pipe_partitioned) and balances its stages."""
 
 
 def bigscience(row: Row) -> Case:
@@ -242,7 +228,13 @@ def bigscience(row: Row) -> Case:
     wide = row["precision"] == "bf16"
     a100 = "A100" in row["gpu"]
     shape = shape_of(
-        row, fused=False, dropout=True, gradient_itemsize=4 if wide else 2, vocabulary=250880 if a100 else 51200, loss_passes=MEGATRON_LOSS
+        row,
+        fused=False,
+        dropout=True,
+        gradient_itemsize=4 if wide else 2,
+        spare_itemsize=2 if wide else 0,
+        vocabulary=250880 if a100 else 51200,
+        loss_passes=MEGATRON_LOSS,
     )
     sizes = {name: whole(row, name) for name in ("dp", "tp", "pp")}
     if math.prod(sizes.values()) != whole(row, "gpus"):
@@ -250,7 +242,7 @@ def bigscience(row: Row) -> Case:
     if row["zero_stage"] in ("2", "3"):
         raise SkippedError("ZeRO 2 or 3 with offload or of an old branch")
     micro = whole(row, "micro_batch")
-    zero = 1 if row["zero_stage"].startswith("1") else 0
+    zero = 1 if row["zero_stage"].startswith("1") or "tr3m" in row["source"] else 0  # tr3m-1B3-emb-norm-pile.slurm: ZERO_STAGE=1
     plan = layout(row, **sizes, micro_batch=micro, zero=zero, recompute=row["recompute"] == "full")
     fits = row["status"] == "ok"
     seconds = number(row, "step_time_s", 0.0)
@@ -270,10 +262,6 @@ def bigscience(row: Row) -> Case:
         memory_bytes=number(row, "mem_gib", 0.0) * 2**30,
         label=f"{row['model']} {row['layers']}x{row['hidden']}/{row['heads']} mbs={micro} gbs={row['global_batch']} {row['precision']}",
     )
-
-
-ALPA = Software(precision="float16", overlap_gradients=False, prefetch=())
-"""XLA of 2022 waits for each collective."""
 
 
 def alpa(row: Row) -> Case:

@@ -147,7 +147,14 @@ def test_a_search_prices_a_program_with_buffers_as_price_does():
     program = traced(*NETWORKS["wide"]())[0]
     machine = Machine.load("a100x8")
     prices = Prices(program, machine.of(4))
-    for text in ("data=4", "data=4,zero=1", "data=4,zero=3", "data=4,microbatches=2", "data=4,microbatches=2,zero=2", "data=4,recompute=blocks"):
+    for text in (
+        "data=4",
+        "data=4,zero=1",
+        "data=4,zero=3",
+        "data=4,microbatches=2",
+        "data=4,microbatches=2,zero=2",
+        "data=4,recompute=blocks",
+    ):
         plan = Plan.parse(text)
         assert prices.of(plan) == price(program, plan, machine.of(4)), text
 

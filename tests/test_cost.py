@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parafit.cost import Software, price
+from parafit.cost import price
 from parafit.errors import ModelError, PlanError
 from parafit.machine import Machine
 from parafit.networks import Transformer, named, transformer
 from parafit.plan import STORED, Plan
 from parafit.shares import Shares
+from parafit.software import Software
 
 WIDTHS = {"heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
 SMALL = Transformer(layers=8, hidden=1024, heads=16, sequence=512, vocabulary=32000, batch=64, gradient_itemsize=4)
@@ -138,6 +139,53 @@ def test_gradients_hide_behind_backward_only_where_the_software_does_so():
 def test_a_slow_host_sets_the_pace_of_small_networks():
     chosen = plan(data=2, microbatches=32)
     assert cost(chosen, launch_seconds=1e-3).seconds > 2 * cost(chosen).seconds
+
+
+def test_a_slow_host_pays_for_each_collective():
+    chosen = plan(data=2, tensor=4, sequence=True, microbatches=8)
+    slow = cost(chosen, collective_seconds=1e-3).times["launch"] - cost(chosen).times["launch"]
+    assert slow > 0.5e-3 * 10 * SMALL.layers * 8, "a block gathers and scatters ten times a microbatch"
+    assert cost(plan(data=8), collective_seconds=1e-3).seconds == cost(plan(data=8)).seconds
+
+
+def test_collectives_hide_beside_the_product_that_does_not_wait_for_them():
+    chosen = plan(data=2, tensor=4, sequence=True)
+    exposed = {
+        how: sum(value for name, value in cost(chosen, overlap_tensor=how).times.items() if name.endswith("tensor"))
+        for how in ("", "independent", "all")
+    }
+    assert exposed["all"] < exposed["independent"] < exposed[""]
+    assert exposed["independent"] > 0.6 * exposed[""], "forward collectives and gathered gradients stay"
+
+
+def test_parameters_are_gathered_in_buckets():
+    chosen = plan(data=8, zero=1)
+    layer_by_layer, at_once = cost(chosen).times["parameters data"], cost(chosen, bucket_bytes=1e12).times["parameters data"]
+    assert at_once < layer_by_layer
+    assert cost(chosen, bucket_bytes=1e6).times["parameters data"] > layer_by_layer
+
+
+def test_a_heavy_softmax_moves_blocks_to_the_first_of_two_stages():
+    """A softmax as heavy as half of the blocks: the first stage takes more than its half of them, and holds more."""
+    heavy = named("gpt:layers=16,hidden=1024,heads=16,vocabulary=50000", batch=64)
+    chosen = plan(pipeline=2, microbatches=64)
+    balanced, equal = cost(chosen, heavy), cost(chosen, heavy, equal_stages=True)
+    assert balanced.seconds < 0.95 * equal.seconds
+    whole = sum(
+        value for name, value in cost(plan(data=1, microbatches=64), heavy).times.items() if name.startswith(("forward", "backward"))
+    )
+    busiest = sum(value for name, value in balanced.times.items() if name.startswith(("forward", "backward")))
+    assert busiest < 0.58 * whole
+    assert balanced.memory["slots"] > equal.memory["slots"]
+
+
+def test_gradients_that_wait_to_be_added_take_memory_only():
+    spare = transformer(dataclasses.replace(SMALL, spare_itemsize=2))
+    for zero, parts in ((0, 1), (1, 1), (2, 8)):
+        chosen = plan(data=8, zero=zero)
+        more = cost(chosen, spare).memory["gradients"] - cost(chosen).memory["gradients"]
+        assert more == pytest.approx(PROGRAM.bytes_of("parameter") / parts, rel=0.01)
+        assert cost(chosen, spare).seconds == cost(chosen).seconds
 
 
 def test_a_dim_the_program_lacks():

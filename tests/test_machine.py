@@ -114,6 +114,30 @@ def test_a_group_with_one_device_a_host_has_one_port():
     assert seconds(ALL_REDUCE, 1e9, Group(16, stride=8), machine) > 3 * seconds(ALL_REDUCE, 1e9, Group(16), machine)
 
 
+def test_one_group_gets_no_more_than_was_measured_over_as_many_hosts():
+    """With EFA: one device a host drives its own port; eight do not drive eight, because the channels of one group do not fill them."""
+    machine = Machine.load("h100x8", hosts=32, network="efa")
+    rates = [1e11 / seconds(ALL_REDUCE, 1e11, group, machine) for group in (Group(32, stride=8), Group(64, stride=4), Group(256))]
+    assert rates[0] == pytest.approx(0.85 * 50e9 / 2, rel=0.05)
+    assert rates[1] == pytest.approx(64.93e9 / 2, rel=0.05)
+    assert rates[2] == pytest.approx(64.93e9 / 2, rel=0.05)
+
+
+def test_small_tiles_lose_less_where_products_are_slower():
+    """What a small tile loses it waits for operands: at an eighth of the rate, operands twice as wide cost a quarter of that."""
+    device = Machine.load("v100x8").device
+    efficiency = {
+        precision: 2
+        * 512**3
+        / device.matmul_seconds(precision, (1, 512, 512, 512))
+        / device.peak(precision)
+        / device.matmul.best[precision]
+        for precision in ("float16", "float32")
+    }
+    assert efficiency["float32"] > 1.2 * efficiency["float16"]
+    assert all(value < 1 for value in efficiency.values())
+
+
 def test_a_shared_port_serves_one_sender_fully():
     machine = Machine.load("v100x8", hosts=2, network="p3.16xlarge")
     alone, together = seconds(SEND, 1e8, Group(16), machine), seconds(SEND, 1e8, Group(2, stride=8), machine)

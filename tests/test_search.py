@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parafit.candidates import SAME_NUMBERS, TECHNIQUES, Candidates, techniques
 from parafit.compare import explain
-from parafit.cost import Software, price
+from parafit.cost import price
 from parafit.errors import PlanError
 from parafit.machine import Machine
 from parafit.networks import named
@@ -20,6 +20,7 @@ from parafit.prices import Prices
 from parafit.program import Operation, Program, Tensor
 from parafit.ranking import GOALS, Choice, Ranking, value
 from parafit.search import search
+from parafit.software import Software
 
 SMALL = "gpt:layers=4,hidden=256,heads=8,sequence=128,vocabulary=1024"
 H100 = Machine.load("h100x8")

@@ -117,7 +117,9 @@ class _Builder:
             return None
         record = value.producer if value.producer.kind == "loop" else value.producer.loop
         assert record is not None
-        place = self._add(Array(value=value, bytes=value.bytes, record=record, kept=True)) if value.source is None else self.find(value.source)
+        place = (
+            self._add(Array(value=value, bytes=value.bytes, record=record, kept=True)) if value.source is None else self.find(value.source)
+        )
         return self._add(Array(value=value, bytes=0, record=record, reads=[self.loops[id(record)]], place=place, kept=True))
 
     def _source(self, value: Value) -> Array:

@@ -35,10 +35,7 @@ def buffers(walk: Walk, program: Program) -> tuple[Buffer, ...]:
     needs = _from_results(_needs(kernels), [kernels[id(array)] for array in results if id(array) in kernels])
     _run(needs)
     names = {
-        walk.dims.major(dim): name
-        for value in walk.arguments
-        for dim, name in zip(value.dims, program.tensors[value.name].dims)
-        if name
+        walk.dims.major(dim): name for value in walk.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
     }
     return tuple(
         Buffer(

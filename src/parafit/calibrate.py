@@ -19,13 +19,14 @@ import jax
 import numpy as np
 
 from parafit.cluster import cache_directory
-from parafit.cost import Software, price
+from parafit.cost import price
 from parafit.errors import MachineError
 from parafit.files import write_whole
 from parafit.machine import Device, Link, Machine, Matmul
 from parafit.plan import Plan
 from parafit.probes import ADAM, Probe, network_loss, network_shapes, probes
 from parafit.program import Program
+from parafit.software import Software
 from parafit.trace import trace_loss
 
 _LEAST_ROUNDS, _LEAST_PROBES = 4, 8

@@ -7,7 +7,8 @@ slowest link sets the pace. With n devices on h hosts and b bytes on each device
     all-gather, reduce-scatter       (n - 1) / n · b / β + latency of   (n - 1) steps
 
 (Thakur, Rabenseifner, Gropp 2005); a tree sends a small all-reduce in 2 log₂ h steps between hosts. Where a group has several
-devices in a host, it drives as many network ports, so that β = min(inner, devices in the host × port).
+devices in a host, it drives as many network ports, so that β = min(inner, devices in the host × port), or no more than was measured over
+as many hosts: one group's channels do not fill all ports of many hosts.
 """
 
 import math
@@ -82,7 +83,7 @@ def _bus(kind: str, inside: int, hosts: int, machine: Machine) -> float:
     if hosts == 1:
         return _measured(kind, machine.inner, inside) or inner
     across = _measured(kind, machine.network, hosts * machine.devices_per_host)
-    outer = across * inside / machine.devices_per_host if across else inside * _port(machine)
+    outer = min(inside * _port(machine), across or math.inf)
     return min(inner, outer) if inside > 1 else outer
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
-from parafit.cost import Cost, Software, price
+from parafit.cost import Cost, price
 from parafit.errors import PlanError
 from parafit.layout import resolve
 from parafit.machine import Machine
 from parafit.plan import Plan
 from parafit.program import Program
 from parafit.ranking import gibibytes, label, milliseconds, times
+from parafit.software import Software
 
 Costs = tuple[Cost, Cost]
 

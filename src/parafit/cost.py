@@ -9,7 +9,7 @@ al. 2021).
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Group, seconds
@@ -18,43 +18,7 @@ from parafit.memory import Stage, boundary, peak, recomputed
 from parafit.plan import Plan
 from parafit.program import Operation, Program, Tensor
 from parafit.shares import Exchange, Shares
-
-
-@dataclass(frozen=True, kw_only=True)
-class Software:
-    """Facts about the framework that runs a program; the default is parafit's own.
-
-    Attributes:
-        precision: of matmuls; "" as the plan has it.
-        overlap_gradients: whether gradients are reduced while the backward pass goes on.
-        overlap_tensor: whether collectives along the tensor axis run beside the product they belong to.
-        prefetch: phases in which the next block's parameters are gathered while this one computes.
-        reduces_whole: gradients are all-reduced even where their slots are split.
-        launch_seconds: what the host takes to launch one operation; it matters where the device is faster.
-        send_split: whether the devices of a tensor axis each send a part of what passes between stages.
-        bucket_bytes: gradients are reduced in buckets of so much; 0: block by block.
-        attention: share of the peak that fused attention reaches, "forward" and "backward", where another version is used.
-        recomputes_all: recomputation runs the whole block again, not only what the backward pass reads.
-        equal_stages: every pipeline stage has as many blocks; else stages are cut where their times are closest.
-        update_passes: how often the optimiser's memory traffic is repeated (1 where it is one fused operation).
-        memory_slack: share of the arrays' bytes that the allocator loses.
-        steps_per_dispatch: steps that one compiled program runs.
-    """
-
-    precision: str = ""
-    overlap_gradients: bool = True
-    overlap_tensor: bool = False
-    prefetch: tuple[str, ...] = ("forward", "backward")
-    reduces_whole: bool = False
-    launch_seconds: float = 0.0
-    send_split: bool = False
-    bucket_bytes: float = 0.0
-    attention: Mapping[str, float] = field(default_factory=dict)
-    recomputes_all: bool = False
-    equal_stages: bool = False
-    update_passes: float = 1.0
-    memory_slack: float = 0.0
-    steps_per_dispatch: int = 1
+from parafit.software import Software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +103,11 @@ class Pricing:
         self.stages = plan.axes.get("pipeline", 1)
         self.blocks = max((operation.count for operation in program.operations), default=1)
 
+    @cached_property
+    def forward_results(self) -> frozenset[str]:
+        """Names of what the forward pass writes."""
+        return frozenset(name for operation in self.program.operations if operation.phase == "forward" for name in operation.outputs)
+
     def cost(self) -> Cost:
         """All parts together."""
         parts = {place: self.microbatch(place) for place in ("first", "blocks", "last")}
@@ -162,15 +131,16 @@ class Pricing:
                 continue
             share = self.shares.of(operation)
             part = {f"{operation.phase} {operation.kind}": self.operation_seconds(operation, share) * operation.steps}
-            launches = operation.steps
+            host = self.software.launch_seconds
             for exchange in share.exchanges:
                 key = (exchange.tensor.name, exchange.axis, operation.phase)
                 if exchange.tensor.role not in ("gradient", "parameter") and (exchange.kind != ALL_GATHER or key not in seen):
                     seen.add(key)
-                    launches += operation.steps
+                    host += self.software.collective_seconds
                     name = f"{exchange.kind} {exchange.axis}"
-                    part[name] = part.get(name, 0.0) + self.exposed(exchange, sum(part.values()) / operation.steps) * operation.steps
-            idle = self.software.launch_seconds * launches - sum(part.values())
+                    beside = sum(part.values()) / operation.steps if self.overlaps(exchange, operation) else 0.0
+                    part[name] = part.get(name, 0.0) + self.exposed(exchange, beside) * operation.steps
+            idle = host * operation.steps - sum(part.values())
             launched[operation.phase] += idle
             _merge(times, part)
             if repeats and operation.phase == "forward" and (self.software.recomputes_all or operation in needed):
@@ -251,11 +221,17 @@ class Pricing:
         return 0.0
 
     def exposed(self, exchange: Exchange, beside: float) -> float:
-        """Seconds of a collective that nothing hides."""
+        """Seconds of a collective that nothing hides, where so many seconds of computation run beside it."""
         taken = seconds(exchange.kind, exchange.bytes, self.shares.group(exchange.axis), self.machine)
-        if exchange.axis == "tensor" and self.software.overlap_tensor:
-            return max(0.0, taken - beside)
-        return taken
+        copied = self.software.overlap_tensor == "all"
+        return max(0.0, taken - beside) if copied or not beside else self.hidden(taken, 0.0, beside, exchange.axis)
+
+    def overlaps(self, exchange: Exchange, operation: Operation) -> bool:
+        """Whether a collective runs beside a product. Both products of a layer's backward pass wait for the gradient of its result."""
+        if exchange.axis != "tensor" or self.software.overlap_tensor != "independent":
+            return exchange.axis == "tensor" and self.software.overlap_tensor == "all"
+        waited = exchange.kind == ALL_GATHER and exchange.tensor.name not in self.forward_results
+        return operation.phase == "backward" and not waited
 
     def pipelined(self, parts: dict[str, dict[str, float]]) -> dict[str, float]:
         """Seconds of all microbatches on the busiest stage, what it sends, and the time it waits."""
@@ -272,7 +248,7 @@ class Pricing:
         return times
 
     def stage_times(self, parts: dict[str, dict[str, float]]) -> list[dict[str, float]]:
-        """Seconds by part of one microbatch on the first, a middle and the last stage."""
+        """Seconds by part of one microbatch on the first, the last and a middle stage."""
         totals = {place: sum(times.values()) for place, times in parts.items()}
         if self.stages == 1:
             return [_merge(_merge(_times(parts["blocks"], self.blocks), parts["first"]), parts["last"])]
@@ -285,17 +261,16 @@ class Pricing:
         each = math.ceil(self.blocks / self.stages)
         if self.software.equal_stages:
             return each, each, each
-        choices = []
-        for first in range(each + 1):
-            for last in range(each + 1):
-                rest = self.blocks - first - last
-                middle = math.ceil(rest / (self.stages - 2)) if self.stages > 2 else 0
-                if self.stages > 2 or not rest:
-                    slowest = max(
-                        totals["first"] + first * totals["blocks"], middle * totals["blocks"], totals["last"] + last * totals["blocks"]
-                    )
-                    choices.append((slowest, first, middle, last))
-        return min(choices)[1:]
+        best = (math.inf, each, each, each)
+        for last in range(each + 1):
+            rest = self.blocks - last
+            for middle in range(math.ceil(rest / (self.stages - 1)), rest + 1) if self.stages > 2 else (0,):
+                first = max(0, rest - middle * (self.stages - 2))
+                ends = totals["first"] + first * totals["blocks"], totals["last"] + last * totals["blocks"]
+                best = min(best, (max(*ends, middle * totals["blocks"]), first, middle, last))
+                if middle * totals["blocks"] >= best[0]:
+                    break
+        return best[1:]
 
     def send_seconds(self) -> float:
         """One activation from one stage to the next."""
@@ -338,12 +313,18 @@ class Pricing:
         """Exposed seconds of reducing all gradients along an axis."""
         each_time = self.plan.zero_stage >= 2 and axis == "data"
         rounds = self.plan.microbatches if each_time else 1
-        buckets = max(1, math.ceil(bytes_ / self.software.bucket_bytes)) if self.software.bucket_bytes else self.copies(self.blocks)
+        buckets = self.buckets(bytes_)
         one = self.state_seconds(axis, bytes_ / buckets)
         if self.software.overlap_gradients and axis == "data":
             beside = _sum(times, "backward") / self.plan.microbatches * rounds
             return self.hidden(one * buckets * rounds, one * rounds, beside * (1 - 1 / buckets), axis)
         return one * buckets * rounds
+
+    def buckets(self, bytes_: float) -> int:
+        """Parts in which gradients are reduced or parameters gathered."""
+        if self.software.bucket_bytes:
+            return max(1, math.ceil(bytes_ / self.software.bucket_bytes))
+        return self.copies(self.blocks)
 
     def state_seconds(self, axis: str, bytes_: float) -> float:
         """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them."""
@@ -362,11 +343,12 @@ class Pricing:
             return {}
         parameters = [tensor for tensor in self.program.of_role("parameter") if not self.shares.split(tensor.dims, axis)]
         bytes_ = sum(self.shares.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
-        blocks = self.copies(self.blocks)
         group = Group(self.shares.shards(axis), self.shares.group(axis).stride)
-        one = seconds(ALL_GATHER, bytes_ / blocks, group, self.machine)
         if self.plan.zero_stage < 3:
-            return {f"parameters {axis}": one * blocks}
+            buckets = self.buckets(bytes_)
+            return {f"parameters {axis}": seconds(ALL_GATHER, bytes_ / buckets, group, self.machine) * buckets}
+        blocks = self.copies(self.blocks)
+        one = seconds(ALL_GATHER, bytes_ / blocks, group, self.machine)
         return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
 
     def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
@@ -390,15 +372,26 @@ class Pricing:
         parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
         return parts
 
+    @cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """Blocks of the first, of the fullest middle and of the last stage. Where times depend on memory, stages are taken to be equal."""
+        each = math.ceil(self.blocks / self.stages)
+        if self.machine.device.curves:
+            return each, each, each
+        return self.cut({place: sum(self.microbatch(place).values()) for place in ("first", "blocks", "last")})
+
     def stage_parts(self) -> list[Stage]:
         operations = [operation for operation in self.program.operations if operation.phase != "update"]
         if self.stages == 1:
             return [Stage(operations=operations, block_share=1.0, in_flight=1)]
         placed = [(operation, place) for operation, place in zip(self.program.operations, self.places) if operation.phase != "update"]
         ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
+        first, middle, last = self.counts
         most = min(self.plan.microbatches, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
-        flying = (most, 1)
-        return [Stage(operations=part, block_share=1 / self.stages, in_flight=count) for part, count in zip(ends, flying)]
+        shares = [
+            count / self.blocks - 1e-9 for count in (max(first, middle), last)
+        ]  # less than a rounding error above a whole number of blocks
+        return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (most, 1))]
 
     def buffer_bytes(self) -> float:
         """Blocks of parameters gathered ahead, and one block's gradients before they are scattered (ZeRO 3)."""

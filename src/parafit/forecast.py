@@ -8,7 +8,6 @@ import jax
 
 from parafit import calibrate, residuals
 from parafit.adapt import KerasModel, Step, remembered
-from parafit.cost import Software
 from parafit.cost import price as price_of
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.plan import Plan
@@ -17,6 +16,7 @@ from parafit.price import Price
 from parafit.program import Program
 from parafit.progress import Progress
 from parafit.search import search
+from parafit.software import Software
 
 WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""

@@ -29,7 +29,8 @@ class Matmul:
     Attributes:
         best: share of the peak that the best shape reaches, by precision.
         units: multiprocessors (or matrix units, or cores) that work on tiles side by side.
-        tiles: (rows, columns, share): tiles a kernel may choose, with the share of `best` that a tile of that size sustains.
+        tiles: (rows, columns, share): tiles a kernel may choose, with the share of `best` that a tile of that size sustains at the highest
+            peak; slower precisions lose less, as far as their operands are not wider.
         fill: inner length that takes as long as starting a tile and writing it out, at the highest peak but float8's (a latency: a slower
             precision does less in that time).
         alignment: (bytes, share): a row whose bytes are a multiple of so many is read at that share; largest first. Empty: all alike.
@@ -117,8 +118,10 @@ class Device:
             return 2 * batches * rows * inner * columns / rate
         best = self.matmul.best.get(precision, 1.0) * self.peak(precision)
         aligned = _aligned(self.matmul.alignment, ITEMSIZE[precision], (inner, columns))
-        slots = min(_tile_work(tile, self.matmul.units, batches, rows, columns) for tile in self.matmul.tiles)
-        fill = self.matmul.fill * min(1.0, self.peak(precision) / max(rate for name, rate in self.peak_flops.items() if name != "float8"))
+        slower = self.peak(precision) / max(rate for name, rate in self.peak_flops.items() if name != "float8")
+        loads = slower * ITEMSIZE[precision] / 2
+        slots = min(_tile_work(tile, loads, self.matmul.units, batches, rows, columns) for tile in self.matmul.tiles)
+        fill = self.matmul.fill * min(1.0, slower)
         return 2 * slots * (inner + fill) / (best * aligned)
 
     def peak(self, precision: str) -> float:
@@ -150,7 +153,8 @@ class Link:
         start_seconds: what starting a collective costs.
         processor_share: share of the device's processor that a collective takes from what runs beside it.
         shared: whether the devices of a host share its ports, so that one that sends alone has them all.
-        measured: (devices, bytes per second): bus bandwidth of an all-reduce measured over so many devices; used instead where given.
+        measured: (devices, bytes per second): bus bandwidth of an all-reduce measured over so many devices; between hosts, over all of
+            theirs: what a group on as many hosts gets at most.
         measured_parts: the same of an all-gather or a reduce-scatter; empty: as an all-reduce.
     """
 
@@ -262,11 +266,12 @@ def _aligned(alignment, itemsize, lengths) -> float:
     return min((next((share for size, share in alignment if length * itemsize % size == 0), 1.0) for length in lengths), default=1.0)
 
 
-def _tile_work(tile, units, batches, rows, columns) -> float:
-    """Elements of the output times 1/share that the busiest unit computes, scaled by the number of units."""
+def _tile_work(tile, loads, units, batches, rows, columns) -> float:
+    """Elements of the output times 1/share that the busiest unit computes, scaled by the number of units. What a small tile loses it waits
+    for operands: `loads` of what the fastest precision waits, against its arithmetic."""
     height, width, share = tile
     waves = math.ceil(batches * math.ceil(rows / height) * math.ceil(columns / width) / units)
-    return waves * units * height * width / share
+    return waves * units * height * width * (1 + (1 / share - 1) * loads)
 
 
 def _read(name: str | Path) -> dict[str, Any]:

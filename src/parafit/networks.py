@@ -36,6 +36,8 @@ class Transformer:
         score_itemsize: bytes of stored attention scores and weights; 0: as activations.
         logit_itemsize: bytes of the logits and their gradient.
         gradient_itemsize: bytes of an accumulated gradient.
+        spare_itemsize: bytes of a gradient before it is added to the accumulated one, where all of them wait for the end of the backward
+            pass, and of a reducer's copies.
         slot_bytes: bytes of optimiser state per parameter (12: a float32 copy and Adam's two moments).
     """
 
@@ -62,6 +64,7 @@ class Transformer:
     score_itemsize: int = 0
     logit_itemsize: int = 4
     gradient_itemsize: int = 2
+    spare_itemsize: int = 0
     slot_bytes: int = 12
 
 
@@ -201,6 +204,8 @@ class _Net:
     def parameter(self, name: str, sizes: tuple[int, ...], dims: str) -> str:
         self.tensor(name, sizes, dims, role="parameter")
         self.tensor(_d(name), sizes, dims, role="gradient", itemsize=self.shape.gradient_itemsize)
+        if self.shape.spare_itemsize:
+            self.tensor(f"{_d(name)}/spare", sizes, dims, role="gradient", itemsize=self.shape.spare_itemsize)
         self.tensor(f"{name}/slots", (*sizes, self.shape.slot_bytes // 2), f"{dims} -", role="slot", itemsize=2)
         return name
 
@@ -303,7 +308,7 @@ def _attention_part(net: _Net) -> None:
     qkv = "block/qkv"
     if shape.rotary:
         qkv = net.activation("block/rotated", "heads", width)
-        net.elementwise("block/rotary", ("block/qkv",), qkv, kept=() if shape.compiled else ("block/qkv",), passes=2.0)
+        net.elementwise("block/rotary", ("block/qkv",), qkv, kept=(), passes=2.0)
     net.activation("block/context", "heads", shape.hidden)
     (_fused if shape.fused else _unfused)(net, qkv, head)
     net.activation("block/projected", "hidden", shape.hidden)
@@ -415,7 +420,10 @@ def _update(net: _Net) -> list[Operation]:
         net.count = tensor.count
         names = (tensor.name, _d(tensor.name), f"{tensor.name}/slots")
         moved = net.bytes(names[0]) + net.bytes(names[1]) + 2 * net.bytes(names[2])
+        spare = (f"{names[1]}/spare",) if net.shape.spare_itemsize else ()
         operations.append(
-            net.operation(tensor.name, "elementwise", "update", names, (names[0], names[2]), bytes=moved, flops=12.0 * tensor.size)
+            net.operation(
+                tensor.name, "elementwise", "update", (*names, *spare), (names[0], names[2]), bytes=moved, flops=12.0 * tensor.size
+            )
         )
     return operations

@@ -5,12 +5,13 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
-from parafit.cost import Cost, Pricing, Software
+from parafit.cost import Cost, Pricing
 from parafit.machine import Machine
 from parafit.memory import Stage, is_compiled, peak
 from parafit.plan import Plan
 from parafit.program import Operation, Program
 from parafit.shares import Share, Shares
+from parafit.software import Software
 
 
 class Prices:
@@ -108,7 +109,8 @@ class _Remembered(Pricing):
         return self.remember(("cut", self.stages, *totals.values()), lambda: super(_Remembered, self).cut(totals))
 
     def updated(self) -> dict[str, float]:
-        return dict(self.remember(("update", self.state), super().updated))
+        far = self.part if self.machine.device.curves else None  # how far state is away, there, depends on all that a step touches
+        return dict(self.remember(("update", self.state, far), super().updated))
 
     def memory(self) -> dict[str, float]:
         found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts())]
@@ -129,9 +131,9 @@ class _Remembered(Pricing):
 
         # Gradients rest like state where they wait for the update, and pass like activations in a program that knows its buffers.
         compiled = is_compiled(self.program, self.plan)
-        gradients = ("gradients", place, self.state, (self.part, self.plan.store_group) if compiled else None)
-        moving = part(("activations", place, self.stages, self.part), "inputs", "activations", "temporaries", "context")
-        resting = part(("state", place, self.state), "parameters", "slots", "state") | part(gradients, "gradients")
+        gradients = ("gradients", place, stage.block_share, self.state, (self.part, self.plan.store_group) if compiled else None)
+        moving = part(("activations", place, stage.block_share, self.part), "inputs", "activations", "temporaries", "context")
+        resting = part(("state", place, stage.block_share, self.state), "parameters", "slots", "state") | part(gradients, "gradients")
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 

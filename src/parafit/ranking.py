@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 
 from parafit.candidates import techniques
-from parafit.cost import Cost, Software
+from parafit.cost import Cost
 from parafit.machine import Machine
 from parafit.plan import Plan
 from parafit.program import Program
+from parafit.software import Software
 
 GOALS = {"time": "slower", "memory": "larger", "cost": "dearer"}
 """What a search may minimise, and what one calls a plan that has more of it."""

@@ -36,13 +36,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from parafit.candidates import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
-from parafit.cost import Software
 from parafit.errors import PlanError
 from parafit.machine import Machine
 from parafit.plan import Plan
 from parafit.prices import Prices
 from parafit.program import Program
 from parafit.ranking import GOALS, Choice, Ranking, gibibytes, value, why_not
+from parafit.software import Software
 
 SHOWN = 4
 """Meshes that are searched to the end: the best and three runners-up."""
