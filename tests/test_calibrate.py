@@ -14,9 +14,11 @@ import pytest
 
 from parafit import calibrate, probes, residuals
 from parafit.cost import price
+from parafit.machine import Device
 from parafit.networks import named
 from parafit.plan import Plan
 from parafit.residuals import Residual, append, correction, load
+from parafit.trace import trace_loss
 
 
 @pytest.fixture
@@ -29,6 +31,7 @@ def few_probes():
     yield from (probes._network(2), probes._network(4), probes._turn(), probes._matmul("float32", 16, 16, 16))
     for size in (2**10, 2**14):
         yield from (probes._elementwise(size), probes._update(size), *probes._reductions(size), probes._slice(size))
+        yield from (probes._function("exp", jax.numpy.exp, size), probes._arithmetic(size))
     yield from (probes._matmul("float64", 8, 8, 8), probes._batched("float32", 4, 4, 4))
     yield from probes._convolutions(1, 4, 2, 2)
 
@@ -68,7 +71,7 @@ def test_every_measured_number_says_how(calibrated):
 
 def test_a_calibration_has_curves_that_rise_and_products_of_every_form(calibrated):
     device = calibrated[0].device
-    assert {"elementwise", "update", "reduction", "slice"} <= set(device.curves)
+    assert {"elementwise", "update", "reduction", "slice", "operation", "function", "arithmetic"} <= set(device.curves)
     for points in device.curves.values():
         assert all(small <= large and fast <= slow for (small, fast), (large, slow) in itertools.pairwise(points))
     forms = {row[0] for row in device.matmul.table}
@@ -116,6 +119,29 @@ link = calibrate._linked(calibrate.detect()).inner
 print([int(size) for size, _ in link.measured], link.alpha_seconds > 0, link.bytes_per_second > 0)
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[2, 4] True True"
+
+
+def test_what_starting_operations_takes_grows_with_the_program(calibrated):
+    machine = calibrated[0].of(1)
+    slower = {**machine.device.curves, "operation": tuple((size, 2 * seconds) for size, seconds in machine.device.curves["operation"])}
+    program = trace_loss(probes.network_loss, *probes.network_shapes(6), optimizer=probes.ADAM)
+    costs = [price(program, Plan(), replace(machine, device=replace(machine.device, curves=curves)))
+             for curves in (machine.device.curves, slower)]  # fmt: skip
+    assert costs[1].times["operations"] == pytest.approx(2 * costs[0].times["operations"])
+    assert costs[0].times["operations"] > 0
+
+
+def test_rows_of_a_near_table_come_faster():
+    curves = {"elementwise": ((1e3, 1e-7), (1e8, 1e-2)), "gather": ((1e3, 1e-7), (1e7, 1e-2))}
+    device = Device(name="", peak_flops={"float32": 1e9}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves=curves)
+    machine = replace(calibrate.detect(), device=device)
+
+    def seconds(words):
+        shapes = jax.ShapeDtypeStruct((words, 16), np.float32), jax.ShapeDtypeStruct((4096,), np.int32)
+        program = trace_loss(lambda table, words: jax.numpy.take(table, words, axis=0, mode="clip").sum(), *shapes)
+        return price(program, Plan(), machine).times["forward gather"]
+
+    assert seconds(100) < seconds(100_000)
 
 
 def test_probes_compute_what_they_say():

@@ -33,7 +33,7 @@ LAYERS = [
     {"memory"},
     {"shares"},
     {"plan", "trace", "collectives", "networks", "residuals"},
-    {"describe"},
+    {"describe", "copies"},
     {"kernels", "fold", "buffers"},
     {"arrays"},
     {"program", "walk", "machine"},

@@ -16,7 +16,8 @@ from parafit.dims import Dims
 from parafit.errors import ModelError
 from parafit.fold import fold_blocks
 from parafit.program import KINDS, PHASES, ROLES
-from parafit.trace import trace_loss, trace_step
+from parafit.trace import trace, trace_loss, trace_step
+from parafit.walk import Leaf
 from tests.zoo import ZOO
 
 ROWS = 16
@@ -405,3 +406,23 @@ def test_flax_modules_and_optax():
     assert len(program.of_role("gradient")) == len(program.of_role("parameter")) == 6
     assert "batch statistics" in program.couples_batch
     assert not program.unknown
+
+
+def test_products_that_ask_for_another_order_of_dims_read_copies():
+    """The heads of attention lie between tokens and features; a dense layer reads its rows as they lie."""
+    one, heads = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((8, 16), (2, 8, 4, 16)))
+    scores = trace(lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k), (heads, heads), _inputs("q", "k"), lower=lambda traced: traced)
+    copies = [operation for operation in scores.operations if operation.kind == "move"]
+    assert [operation.bytes for operation in copies] == [2 * 4 * 1024] * 2
+    plain = trace(lambda x, w: x @ w, (one, jax.ShapeDtypeStruct((16, 4), "float32")), _inputs("x", "w"), lower=lambda traced: traced)
+    assert not any(operation.kind == "move" for operation in plain.operations)
+
+
+def test_functions_are_counted_among_the_flops():
+    program = trace(lambda x: jnp.tanh(x) * 2 + 1, (jax.ShapeDtypeStruct((8, 16), "float32"),), _inputs("x"))
+    (operation,) = program.operations
+    assert (operation.flops, operation.functions) == (3 * 128, 128)
+
+
+def _inputs(*names):
+    return [Leaf(name=name, role="input") for name in names]

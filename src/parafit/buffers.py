@@ -15,28 +15,27 @@ Read from the programs that XLA makes (JAX 0.10.2):
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from parafit.arrays import Array, arrays_of
+from parafit.arrays import Array
 from parafit.program import Buffer, Program
 from parafit.walk import Record, Value, Walk
 
 
-def buffers(walk: Walk, program: Program) -> tuple[Buffer, ...]:
+def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequence[Array]) -> tuple[Buffer, ...]:
     """The memory that a step needs beside its state.
 
     Args:
         walk: over the step as the compiler is given it, with phases, owners and places of results filled in.
         program: the same step, for the names of its dims.
+        arrays, results: what the compiler makes of it (`arrays_of`).
     """
-    arrays, results = arrays_of(walk)
     stored = _stored(arrays)
     kernels = {id(array): _kernel(array, stored) for array in arrays if array.record is not None and id(array) in stored}
     _set_paths(kernels.values())
     needs = _from_results(_needs(kernels), [kernels[id(array)] for array in results if id(array) in kernels])
     _run(needs)
-    names = {
-        walk.dims.major(dim): name for value in walk.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
-    }
+    names = dim_names(walk, program)
     return tuple(
         Buffer(
             part=_part(held.value),
@@ -47,6 +46,13 @@ def buffers(walk: Walk, program: Program) -> tuple[Buffer, ...]:
         )
         for held in _Memory(kernels, needs).held
     )
+
+
+def dim_names(walk: Walk, program: Program) -> dict[Any, str]:
+    """The program's names of the dims of a walk over the same step, as far as its arguments have them."""
+    return {
+        walk.dims.major(dim): name for value in walk.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
+    }
 
 
 def _part(value: Value) -> str:

@@ -164,10 +164,20 @@ class Pricing:
         if operation.kind == "gather":
             return self.gathering_seconds(operation, share.bytes)
         if operation.kind not in ("matmul", "convolution", "attention"):
-            return device.curve_seconds(operation.kind, share.bytes)
+            return max(device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share))
         weights = [self.program.tensors[name] for name in operation.inputs if operation.steps == 1]
         bytes_ = sum(self.shares.local_bytes(tensor) for tensor in weights if tensor.role == "parameter")
         return max(self.arithmetic_seconds(operation, share), self.far_seconds("elementwise", bytes_))
+
+    def evaluating_seconds(self, operation: Operation, share) -> float:
+        """What its arithmetic and its functions take, from probes of arrays of float32 that do nothing else."""
+        curves = self.machine.device.curves
+        if not operation.flops or "function" not in curves or "arithmetic" not in curves:
+            return 0.0
+        part = 4 * share.flops / operation.flops
+        plain, functions = (operation.flops - operation.functions) * part, operation.functions * part
+        counts = {"arithmetic": plain, "function": functions}
+        return sum(self.machine.device.curve_seconds(kind, count) for kind, count in counts.items() if count)
 
     def gathering_seconds(self, operation: Operation, bytes_: float) -> float:
         """Rows come from as far as their table reaches: the rate is that of a probe, whose table is twice what it moves, with this table."""

@@ -141,6 +141,7 @@ class _Names:
             inputs=tuple(self.tensor(value) for value in kernel.reads),
             outputs=tuple(dict.fromkeys(self.tensor(value.root()) for value in kernel.writes)),
             flops=kernel.flops,
+            functions=kernel.functions,
             bytes=kernel.bytes,
             contracted=tuple(dim for dim in contracted if dim),
             shape=record.shape,

@@ -19,6 +19,7 @@ class Kernel:
         reads: bytes read of each array in memory.
         writes: arrays written.
         flops: of all operations inside.
+        functions: costly ones among them.
         bytes: moved to and from memory.
     """
 
@@ -26,6 +27,7 @@ class Kernel:
     reads: dict[Value, float]
     writes: list[Value]
     flops: float
+    functions: float
     bytes: float
     fused: list[Record] = field(default_factory=list)
 
@@ -43,7 +45,9 @@ def group(walk: Walk) -> list[Kernel]:
         new = [each for each in fused if id(each) not in inside]
         inside.update(id(each) for each in new)
         flops = sum((each.flops for each in new), record.flops)
-        kernels.append(Kernel(record=record, reads=reads, writes=writes, flops=flops, bytes=_bytes(record, reads, writes), fused=fused))
+        functions = sum(each.flops for each in (*new, record) if each.costly)
+        moved = _bytes(record, reads, writes)
+        kernels.append(Kernel(record=record, reads=reads, writes=writes, flops=flops, functions=functions, bytes=moved, fused=fused))
     return kernels
 
 

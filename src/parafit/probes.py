@@ -86,9 +86,20 @@ def probes() -> Iterable[Probe]:
             yield _matmul("float32", rows, inner, columns)
     for precision, side in itertools.product(("float64", "bfloat16"), (64, 256)):
         yield _matmul(precision, side, side, side)
+    for exponent in (12, 16, 20, 23):
+        yield from (_function("exp", lambda x: jnp.exp(x - 1), 2**exponent), _function("tanh", jnp.tanh, 2**exponent))
+        yield from (_function("div", lambda x: 0.5 / (x + 0.5), 2**exponent), _arithmetic(2**exponent))
     for exponent in (10, 15, 19, 23):
         yield from (*_reductions(2**exponent), _move(2**exponent), _slice(2**exponent))
-    for images in ((32, 16, 1, 32), (16, 32, 3, 8), (32, 16, 8, 16), (32, 16, 16, 32), (32, 16, 32, 32), (32, 8, 64, 64)):
+    for images in (
+        (32, 16, 1, 32),
+        (16, 32, 3, 8),
+        (32, 16, 8, 16),
+        (32, 16, 16, 32),
+        (128, 16, 32, 32),
+        (32, 8, 64, 64),
+        (128, 32, 3, 16),
+    ):
         yield from _convolutions(*images)
     for shape in ((32, 16, 32), (64, 16, 64), (64, 64, 16), (128, 16, 128), (128, 128, 32)):
         yield _batched("float32", *shape)
@@ -183,6 +194,25 @@ def _update(bytes_: int) -> Probe:
     return Probe(part="curve", kind="update", size=10 * x.nbytes, body=body, carry=(x, x + 1, x + 2, x + 3))
 
 
+def _function(name: str, function: Callable, bytes_: int) -> Probe:
+    """A function of every element, which stays between 0 and 1."""
+    x = _numbers(_rows(bytes_), 64)
+    return Probe(part="curve", kind=f"function {name}", size=x.nbytes, body=lambda c: (_apart(function(c[0])),), carry=(x,))
+
+
+def _arithmetic(bytes_: int) -> Probe:
+    """Seventeen additions and multiplications of every element, in one kernel."""
+    x = _numbers(_rows(bytes_), 64)
+
+    def body(carry):
+        (result,) = carry
+        for _ in range(8):
+            result = result * carry[0] + 0.2
+        return (_apart(result * 0.3),)
+
+    return Probe(part="curve", kind="arithmetic", size=17 * x.nbytes, body=body, carry=(x,))
+
+
 def _reductions(bytes_: int) -> Iterable[Probe]:
     """Sums over rows and over columns; the first result goes back into the array, so that no run can be left out."""
     x = _numbers(_rows(bytes_), 64)
@@ -196,10 +226,15 @@ def _reductions(bytes_: int) -> Iterable[Probe]:
 
 
 def _move(bytes_: int) -> Probe:
-    """A transposed copy."""
-    side = max(4, int(math.sqrt(bytes_ / 8)))
-    x = _numbers(side, side)
-    return Probe(part="curve", kind="move", size=2 * x.nbytes, body=lambda c: (_apart(_apart(c[0].T) * 1.0),), carry=(x,))
+    """A copy with two dims exchanged, as attention has its heads: (sequences, tokens, heads, 16)."""
+    x = _numbers(max(1, int(bytes_) // 32768), 64, 4, 16)
+
+    def body(carry):
+        for _ in range(2):
+            carry = _apart(carry.transpose(0, 2, 1, 3))
+        return carry
+
+    return Probe(part="curve", kind="move", size=2 * x.nbytes, body=body, carry=x, runs=2)
 
 
 def _slice(bytes_: int) -> Probe:

@@ -83,6 +83,7 @@ class Operation:
         inputs: names of the tensors it reads.
         outputs: names of the tensors it writes.
         flops: floating-point operations of one run, over the global batch (a multiplication and an addition are two).
+        functions: how many exponentials, hyperbolic tangents, divisions and the like are among them.
         bytes: bytes it must move to and from memory in one run, fused neighbours left out.
         contracted: dims it sums over: where one is split, the result is a partial sum on each device.
         shape: of a matmul (batches, rows, inner, columns), whole; empty otherwise.
@@ -96,6 +97,7 @@ class Operation:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     flops: float = 0.0
+    functions: float = 0.0
     bytes: float = 0.0
     contracted: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()

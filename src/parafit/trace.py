@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
+from parafit.arrays import arrays_of
 from parafit.buffers import buffers
+from parafit.copies import with_copies
 from parafit.describe import attribute, describe
 from parafit.errors import ModelError
 from parafit.program import Program
@@ -116,7 +118,8 @@ def trace(
         return program
     walk = Walk(lower(traced), list(named.values()), held)
     attribute(walk)
-    return replace(program, buffers=buffers(walk, program))
+    arrays, returned = arrays_of(walk)
+    return replace(with_copies(program, walk, arrays), buffers=buffers(walk, program, arrays, returned))
 
 
 def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
