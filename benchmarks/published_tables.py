@@ -228,7 +228,13 @@ def bigscience(row: Row) -> Case:
     wide = row["precision"] == "bf16"
     a100 = "A100" in row["gpu"]
     shape = shape_of(
-        row, fused=False, dropout=True, gradient_itemsize=4 if wide else 2, spare_itemsize=2 if wide else 0, vocabulary=250880 if a100 else 51200, loss_passes=MEGATRON_LOSS
+        row,
+        fused=False,
+        dropout=True,
+        gradient_itemsize=4 if wide else 2,
+        spare_itemsize=2 if wide else 0,
+        vocabulary=250880 if a100 else 51200,
+        loss_passes=MEGATRON_LOSS,
     )
     sizes = {name: whole(row, name) for name in ("dp", "tp", "pp")}
     if math.prod(sizes.values()) != whole(row, "gpus"):
@@ -250,7 +256,7 @@ def bigscience(row: Row) -> Case:
         shape=shape,
         plan=plan,
         machine=_cluster(preset, row, "jean-zay" if a100 else None),
-        software=BIGSCIENCE,
+        software=replace(BIGSCIENCE, equal_stages=shape.layers % sizes["pp"] == 0 or (shape.layers + 2) % sizes["pp"] != 0),
         seconds=seconds,
         fits=fits,
         memory_bytes=number(row, "mem_gib", 0.0) * 2**30,

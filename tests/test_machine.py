@@ -127,7 +127,11 @@ def test_small_tiles_lose_less_where_products_are_slower():
     """What a small tile loses it waits for operands: at an eighth of the rate, operands twice as wide cost a quarter of that."""
     device = Machine.load("v100x8").device
     efficiency = {
-        precision: 2 * 512**3 / device.matmul_seconds(precision, (1, 512, 512, 512)) / device.peak(precision) / device.matmul.best[precision]
+        precision: 2
+        * 512**3
+        / device.matmul_seconds(precision, (1, 512, 512, 512))
+        / device.peak(precision)
+        / device.matmul.best[precision]
         for precision in ("float16", "float32")
     }
     assert efficiency["float32"] > 1.2 * efficiency["float16"]

@@ -422,6 +422,8 @@ def _update(net: _Net) -> list[Operation]:
         moved = net.bytes(names[0]) + net.bytes(names[1]) + 2 * net.bytes(names[2])
         spare = (f"{names[1]}/spare",) if net.shape.spare_itemsize else ()
         operations.append(
-            net.operation(tensor.name, "elementwise", "update", (*names, *spare), (names[0], names[2]), bytes=moved, flops=12.0 * tensor.size)
+            net.operation(
+                tensor.name, "elementwise", "update", (*names, *spare), (names[0], names[2]), bytes=moved, flops=12.0 * tensor.size
+            )
         )
     return operations
