@@ -31,7 +31,7 @@ FOUNDRY = Software(prefetch=("forward",), launch_seconds=EAGER_LAUNCH, memory_sl
 NANOTRON = Software(
     overlap_tensor="independent", reduces_whole=True, launch_seconds=EAGER_LAUNCH, collective_seconds=2e-4, memory_slack=CACHING
 )
-"""nanotron @9055c664. tensor_parallel/functional.py: gathers and scatters of column-parallel layers beside the other product of the backward
+"""nanotron @9055c664. tensor_parallel/functional.py: exchanges of column-parallel layers run beside the other product of the backward
 pass. trainer.py: gradients are all-reduced whatever the ZeRO stage. A collective takes the host about 0.2 ms: splits, three products
 instead of one, checks, events (from the rows of 1B on one host that are bound by it; those of 8B agree)."""
 NANOTRON_ZERO = replace(NANOTRON, overlap_gradients=False, bucket_bytes=math.inf)
@@ -53,12 +53,15 @@ def nanotron(shape: Transformer, plan: Plan, hosts: int) -> Software:
     """What nanotron does under a plan.
 
     Raises:
-        SkippedError: its way to cut a pipeline leaves stages empty.
+        SkippedError: it refuses so few microbatches (pipeline_parallel/engine.py), or its way to cut a pipeline leaves stages empty.
     """
-    if nanotron_leaves_empty(shape, plan.axes.get("pipeline", 1)):
+    stages = plan.axes.get("pipeline", 1)
+    if plan.microbatches < stages - 1:
+        raise SkippedError("nanotron refuses fewer microbatches than stages but one")
+    if nanotron_leaves_empty(shape, stages):
         raise SkippedError("nanotron's cut leaves stages empty")
     software = NANOTRON_ZERO if plan.zero_stage else NANOTRON
-    checked = plan.axes.get("tensor", 1) - 1 if "pipeline" in plan.axes and hosts > 1 else 0
+    checked = plan.axes.get("tensor", 1) - 1 if stages > 1 and hosts > 1 else 0
     return replace(software, collective_seconds=software.collective_seconds + checked * CHECK_SECONDS)
 
 

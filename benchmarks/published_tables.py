@@ -256,7 +256,7 @@ def bigscience(row: Row) -> Case:
         shape=shape,
         plan=plan,
         machine=_cluster(preset, row, "jean-zay" if a100 else None),
-        software=BIGSCIENCE,
+        software=replace(BIGSCIENCE, equal_stages=shape.layers % sizes["pp"] == 0 or (shape.layers + 2) % sizes["pp"] != 0),
         seconds=seconds,
         fits=fits,
         memory_bytes=number(row, "mem_gib", 0.0) * 2**30,

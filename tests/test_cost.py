@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parafit.cost import price
+from parafit.cost import Pricing, price
 from parafit.errors import ModelError, PlanError
 from parafit.machine import Machine
 from parafit.networks import Transformer, named, transformer
@@ -128,6 +128,21 @@ def test_pipelines_idle_for_their_depth_over_microbatches():
     assert found.times["bubble"] == pytest.approx(busy * 3 / 16, rel=0.15)
     twice = cost(plan(pipeline=4, microbatches=16, interleave=2), deep)
     assert twice.times["bubble"] == pytest.approx(found.times["bubble"] / 2, rel=0.2)
+
+
+def test_stages_hand_over_inside_their_host_where_they_share_one():
+    deep = named("gpt:layers=32,hidden=1024,heads=16,vocabulary=256", batch=64)
+    machine = Machine.load("a100x8", hosts=4)
+
+    def hops(chosen):
+        return Pricing(deep, chosen, machine, Software()).hops()
+
+    spread, round_robin = hops(plan(pipeline=16, data=2)), hops(plan(pipeline=16, data=2, interleave=2))
+    across = [index for index, seconds in enumerate(spread) if seconds > min(spread)]
+    assert across == [3, 7, 11], "four stages a host"
+    assert len(set(round_robin)) == 1
+    assert round_robin[0] == pytest.approx(2 * max(spread)), "chunks go round over the network"
+    assert set(hops(plan(pipeline=4, data=8, microbatches=1))) == {hops(plan(pipeline=16, data=2, microbatches=4))[3]}, "a stage a host"
 
 
 def test_gradients_hide_behind_backward_only_where_the_software_does_so():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import published
+from benchmarks.published_doubts import doubts
 from benchmarks.published_tables import TABLES, SkippedError, price_of
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "published_rows.csv").read_text(encoding="utf-8").splitlines()))
@@ -66,6 +67,31 @@ def test_the_command_scores_a_folder(tmp_path, capsys):
 def test_the_command_says_where_the_tables_should_be(tmp_path, capsys):
     assert published.main(["--tables", str(tmp_path / "nowhere")]) == 2
     assert "--tables FOLDER" in capsys.readouterr().err
+
+
+def test_what_the_software_refuses_is_no_matter_of_memory():
+    row = next(row for row in ROWS if row["table"] == "ultrascale_playbook_h100" and row["model"].endswith("1B") and row["pp"] == "4")
+    for change, reason in (
+        ({"pp": "16", "dp": "8", "micro_batch": "4"}, "fewer microbatches than stages"),
+        ({"pp": "16"}, "leaves stages empty"),
+    ):
+        with pytest.raises(SkippedError, match=reason):
+            TABLES["ultrascale_playbook_h100"](row | {"gpus": "128", "tp": "1"} | change)
+
+
+def test_rows_that_others_contradict_are_not_scored():
+    row = next(row for row in ROWS if row["table"] == "ultrascale_playbook_h100" and row["pp"] == "1" and row["status"] == "ok")
+    rate, crashed = float(row["tokens_per_s_per_gpu"]), row | {"tokens_per_s_per_gpu": "", "status": "crashed_or_oom"}
+    larger = row | {"micro_batch": str(2 * int(row["micro_batch"]))}
+    doubt = doubts([row, crashed, larger])
+    assert doubt(row) == doubt(larger) == ""
+    assert "no less memory ran" in doubt(crashed)
+    largest = {"micro_batch": str(4 * int(row["micro_batch"]))}
+    assert doubt(crashed | largest) == "", "nothing as large ran"
+    slow = row | largest | {"tokens_per_s_per_gpu": str(rate / 2)}
+    assert "smaller microbatches" in doubt(slow)
+    assert doubt(slow | {"dp": "1024"}) == "", "more replicas exchange more"
+    assert "a repeat" in doubt(row | {"tokens_per_s_per_gpu": str(rate / 2)})
 
 
 def test_rows_that_cannot_be_used_say_why():

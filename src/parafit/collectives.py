@@ -79,9 +79,9 @@ def _price(kind: str, group: Group, machine: Machine) -> tuple[float, float]:
 
 def _bus(kind: str, inside: int, hosts: int, machine: Machine) -> float:
     """Bytes per second that pass each point of the ring."""
-    inner = machine.inner.bytes_per_second * machine.inner.share
+    inner = _measured(kind, machine.inner, inside) or machine.inner.bytes_per_second * machine.inner.share
     if hosts == 1:
-        return _measured(kind, machine.inner, inside) or inner
+        return inner
     across = _measured(kind, machine.network, hosts * machine.devices_per_host)
     outer = min(inside * _port(machine), across or math.inf)
     return min(inner, outer) if inside > 1 else outer

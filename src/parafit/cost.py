@@ -8,7 +8,7 @@ al. 2021).
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -246,25 +246,34 @@ class Pricing:
     def pipelined(self, parts: dict[str, dict[str, float]]) -> dict[str, float]:
         """Seconds of all microbatches on the busiest stage, what it sends, and the time it waits."""
         count = self.plan.microbatches
-        stages = self.stage_times(parts)
+        hops = self.hops()
+        stages = self.stage_times(parts, hops)
         busiest = max(stages, key=lambda times: sum(times.values()))
         times = {name: value * count for name, value in busiest.items()}
         if self.stages > 1:
-            longest = sum(busiest.values())
-            sends = 2 * self.plan.interleave * self.send_seconds()
+            longest = sum(busiest.values()) - busiest["send pipeline"]
             rest = sum(parts["first"].values()) + sum(parts["last"].values()) + self.blocks * sum(parts["blocks"].values()) - longest
-            times["send pipeline"] = sends * count
-            times["bubble"] = (max(0.0, rest) + sends * (self.stages - 1)) / self.plan.interleave
+            times["bubble"] = (max(0.0, rest) + sum(hops)) / self.plan.interleave
         return times
 
-    def stage_times(self, parts: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+    def stage_times(self, parts: dict[str, dict[str, float]], hops: Sequence[float]) -> list[dict[str, float]]:
         """Seconds by part of one microbatch on the first, the last and a middle stage."""
         totals = {place: sum(times.values()) for place, times in parts.items()}
         if self.stages == 1:
             return [_merge(_merge(_times(parts["blocks"], self.blocks), parts["first"]), parts["last"])]
         first, middle, last = self.cut(totals)
         ends = [_merge(_times(parts["blocks"], count), parts[place]) for place, count in (("first", first), ("last", last))]
-        return [*ends, _times(parts["blocks"], middle)]
+        stages = [*ends, _times(parts["blocks"], middle)]
+        return [stage | {"send pipeline": sent} for stage, sent in zip(stages, (hops[0], hops[-1], max(hops)))]
+
+    def hops(self) -> list[float]:
+        """Seconds to hand one microbatch over each boundary between stages, and its gradient back: in a host, or between hosts where one
+        ends there (the chunks of an interleaved schedule go round, so that every stage waits for the slowest)."""
+        inside = max(1, self.machine.devices_per_host // self.shares.group("pipeline").stride) if self.stages > 1 else 1
+        round_trip = self.plan.interleave > 1 and self.stages > inside
+        across = [round_trip or (index + 1) % inside == 0 for index in range(self.stages - 1)]
+        one = {kind: 2 * self.plan.interleave * self.send_seconds(kind) for kind in set(across)}
+        return [one[kind] for kind in across]
 
     def cut(self, totals: Mapping[str, float]) -> tuple[int, int, int]:
         """Blocks of the first, of the fullest middle and of the last stage, so that the slowest is as quick as can be."""
@@ -282,14 +291,13 @@ class Pricing:
                     break
         return best[1:]
 
-    def send_seconds(self) -> float:
-        """One activation from one stage to the next."""
+    def send_seconds(self, across: bool) -> float:
+        """One activation from one stage to the next, in a host or to another."""
         bytes_ = sum(self.shares.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
         tensor = self.plan.axes.get("tensor", 1)
         if self.software.send_split and not any(self.plan.compute.get(dim) == "tensor" for dim in ("sequence",)):
             bytes_ /= tensor
-        group = self.shares.group("pipeline")
-        return seconds(SEND, bytes_, group, self.machine)
+        return seconds(SEND, bytes_, self.shares.group("pipeline") if across else Group(2), self.machine)
 
     def updated(self) -> dict[str, float]:
         """The optimiser's pass over the state of the fullest stage."""
@@ -398,9 +406,7 @@ class Pricing:
         ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
         first, middle, last = self.counts
         most = min(self.plan.microbatches, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
-        shares = [
-            count / self.blocks - 1e-9 for count in (max(first, middle), last)
-        ]  # less than a rounding error above a whole number of blocks
+        shares = [count / self.blocks - 1e-9 for count in (max(first, middle), last)]  # whole numbers of blocks stay whole
         return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (most, 1))]
 
     def buffer_bytes(self) -> float:
