@@ -129,6 +129,6 @@ def _labels():
     return np.random.default_rng(1).integers(0, 3, ROWS).astype("int32")
 
 
-def programs(model):
-    """The compiled programs that are kept for a model."""
-    return [made for _, made in adapt._KEPT[model].values() if isinstance(made, Chunk)]
+def programs(keeper):
+    """The compiled programs that are kept for a model (of Flax: for its module)."""
+    return [made for _, made in adapt._KEPT[keeper].values() if isinstance(made, Chunk)]

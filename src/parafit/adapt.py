@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import jax
@@ -48,6 +48,8 @@ class Step:
         identity: objects that stay the same while a program compiled from this step stays right.
         parts: a training step in parts, None where the model's class has a step of its own.
         own: the method in which it has it, "" where it has none.
+        get: gives the array of a variable, by reference.
+        put: lets a variable hold an array, by reference.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Step:
     identity: tuple
     parts: Parts | None = None
     own: str = ""
+    get: Callable[[Any], Any] = compat.read_variable
+    put: Callable[[Any, Any], None] = compat.write_variable
 
     @property
     def weights(self) -> Sequence[Any]:
@@ -74,29 +78,69 @@ class Step:
 
     def read(self) -> State:
         """The state as the model holds it now: arrays by reference."""
-        return tuple([compat.read_variable(variable) for variable in group] for group in self.variables)
+        return tuple([self.get(variable) for variable in group] for group in self.variables)
 
     def read_fixed(self) -> list[jax.Array]:
         """The arrays of the weights that the step only reads."""
-        return [compat.read_variable(variable) for variable in self.fixed_variables]
+        return [self.get(variable) for variable in self.fixed_variables]
 
     def write(self, state: State) -> None:
         """Let the model hold this state: arrays by reference."""
         for group, arrays in zip(self.variables, state):
             for variable, array in zip(group, arrays):
-                compat.write_variable(variable, array)
+                self.put(variable, array)
 
 
-def remembered(model: Any, step: Step, key: Hashable, make: Callable[[], Any]) -> Any:
+class Adapter(Protocol):
+    """A model the way parafit runs it.
+
+    Attributes:
+        model: what callbacks see.
+        keeper: compiled programs are kept for as long as this object lives.
+    """
+
+    model: Any
+    keeper: Any
+
+    def why_stepwise(self) -> str | None:
+        """Why this model must run one Python step at a time, None where whole chunks of steps can be compiled."""
+        ...
+
+    def build(self, example: Callable[[], Any]) -> None:
+        """Create all variables; `example` draws a batch, and is called only if the model needs one."""
+        ...
+
+    def build_layers(self, example: Callable[[], Any]) -> None:
+        """Create the variables that predicting needs."""
+        ...
+
+    def train_step(self) -> Step: ...
+    def test_step(self) -> Step: ...
+    def predict_step(self) -> Step: ...
+
+    def result(self, logs: dict) -> dict[str, float]:
+        """An epoch's logs, from those of its last step."""
+        ...
+
+    def scores(self, logs: dict) -> Any:
+        """Logs as `evaluate` returns them: a number if there is only the loss, else a list."""
+        ...
+
+    def finish_training(self) -> None:
+        """What is done once after the last step."""
+        ...
+
+
+def remembered(keeper: Any, step: Step, key: Hashable, make: Callable[[], Any]) -> Any:
     """What `make()` gave for this model and key, made once for as long as the model stays as it is.
 
     Args:
-        model: whose step it is; what is kept goes when it goes.
+        keeper: the model's `Adapter.keeper`; what is kept goes when it goes.
         step: its `identity` tells whether the model is as it was.
         key: tells apart what is kept.
         make: called where nothing is kept, or nothing that is still right.
     """
-    kept = _KEPT.setdefault(model, {})
+    kept = _KEPT.setdefault(keeper, {})
     identity, made = kept.get((step.name, key), ((), None))
     if made is None or len(identity) != len(step.identity) or any(ours is not theirs for ours, theirs in zip(identity, step.identity)):
         made = make()
@@ -118,7 +162,7 @@ class KerasModel:
 
     def __init__(self, model, verb: str):
         _check(model, verb)
-        self.model = model
+        self.model = self.keeper = model
 
     def why_stepwise(self) -> str | None:
         """Why this model must run one Python step at a time, None where whole chunks of steps can be compiled."""
@@ -184,6 +228,10 @@ class KerasModel:
         chosen = metrics if set(metrics) == set(logs) else logs
         return {name: float(value) if getattr(value, "ndim", 0) == 0 else value for name, value in chosen.items()}
 
+    def scores(self, logs: dict) -> Any:
+        """Logs as `keras.Model.evaluate` returns them."""
+        return compat.flatten_metrics(self.model, logs)
+
     def finish_training(self) -> None:
         """What Keras' optimizers do once after the last step (such as taking over averaged weights)."""
         self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
@@ -207,12 +255,17 @@ class KerasModel:
 
 
 def _owner(variable, parameters: dict[str, tuple], is_weight: bool) -> Owner:
-    """Keras names a slot after its parameter: "adam/dense_kernel_momentum" belongs to "dense/kernel"."""
+    """A slot is named after its parameter: "adam/dense_kernel_momentum" (Keras), "optimizer/0/mu/dense/kernel" (Flax)."""
     path, shape = variable.path, tuple(variable.shape)
     if is_weight:
         return Owner("parameter", path)
     name = path.rpartition("/")[2]
-    named = [each for each in parameters if parameters[each] == shape and name.startswith(each.replace("/", "_") + "_")]
+    fits = (each for each in parameters if parameters[each] == shape)
+    named = [
+        each
+        for each in fits
+        if name.startswith(each.replace("/", "_") + "_") or (path.startswith("optimizer/") and path.endswith("/" + each))
+    ]
     return Owner("slot", max(named, key=len)) if named and shape else Owner("state", path)
 
 

@@ -8,10 +8,11 @@ import warnings
 from typing import Any
 
 from parafit import compat, data, forecast, run
-from parafit.adapt import KerasModel, Step
+from parafit.adapt import Adapter, Step
 from parafit.callbacks import batch_strides, callback_list
-from parafit.errors import PlanError
+from parafit.errors import ModelError, PlanError
 from parafit.mesh import Placement
+from parafit.models import adapter_of
 from parafit.plan import Plan
 from parafit.progress import settle
 
@@ -37,13 +38,13 @@ def fit(
     validation_freq: int | list[int] = 1,
     plan: Plan | str = "auto",
 ):
-    """Train a compiled Keras model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
+    """Train a model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
 
     The arguments are those of `keras.Model.fit`, with the same meaning and the same results: for the same data and seed
     the history and the final weights are Keras' own, to rounding, on every plan.
 
     Args:
-        model: a compiled `keras.Model` on the JAX backend.
+        model: a compiled `keras.Model` on the JAX backend, or a `parafit.nnx.Trainable`: a Flax module with loss and optimizer.
         x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
         y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
         batch_size: rows of one step over all devices together; 32 if not given.
@@ -55,7 +56,7 @@ def fit(
 
     Raises:
         BackendError: Keras runs on another backend than JAX.
-        ModelError: the model is not compiled.
+        ModelError: the model is not compiled, or lacks a loss or an optimizer.
         DataError: arrays of different lengths, without rows, or of a dtype no network reads.
         PlanError: the plan cannot run here.
         NonFiniteLossError: the loss became NaN or infinite; the model holds its last good weights.
@@ -69,11 +70,12 @@ def fit(
     >>> bool(history.history["loss"][-1] < 1e-3)
     True
     """
-    adapter = KerasModel(model, "fit")
+    adapter = adapter_of(model, "fit")
+    model = adapter.model
     placement = Placement(Plan.read(plan))
     options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
     if reason := _why_stepwise(adapter, x, y, sample_weight):
-        _leave_to_keras(placement.plan, reason)
+        _leave_to_keras(model, placement.plan, reason)
         return model.fit(
             x,
             y,
@@ -154,10 +156,11 @@ def evaluate(
     >>> float(parafit.evaluate(model, np.ones((8, 2)), np.ones((8, 1)), verbose=0))
     1.0
     """
-    adapter = KerasModel(model, "evaluate")
+    adapter = adapter_of(model, "evaluate")
+    model = adapter.model
     placement = Placement(Plan.read(plan))
     if reason := _why_stepwise(adapter, x, y, sample_weight):
-        _leave_to_keras(placement.plan, reason)
+        _leave_to_keras(model, placement.plan, reason)
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
     feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
     adapter.build(feed.example)
@@ -166,7 +169,7 @@ def evaluate(
     placement = settle(_choose(plan, placement, step, feed, program), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     logs = _evaluate(adapter, feed, listed, placement)
-    return logs if return_dict else compat.flatten_metrics(model, logs)
+    return logs if return_dict else adapter.scores(logs)
 
 
 def predict(
@@ -179,7 +182,9 @@ def predict(
     callbacks=None,
     plan: Plan | str = "auto",
 ) -> Any:
-    """The model's outputs for data: `keras.Model.predict`, in compiled chunks of steps. The model need not be compiled.
+    """The model's outputs for data: `keras.Model.predict`, in compiled chunks of steps.
+
+    The model need not be compiled; it may be a bare Flax NNX module.
 
     Args and errors are those of `fit`.
 
@@ -191,10 +196,11 @@ def predict(
     >>> parafit.predict(model, np.ones((3, 2)), verbose=0).tolist()
     [[2.0], [2.0], [2.0]]
     """
-    adapter = KerasModel(model, "predict")
+    adapter = adapter_of(model, "predict")
+    model = adapter.model
     placement = Placement(Plan.read(plan))
     if reason := _why_stepwise(adapter, x):
-        _leave_to_keras(placement.plan, reason)
+        _leave_to_keras(model, placement.plan, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
     feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps)
     adapter.build_layers(feed.example)
@@ -211,7 +217,7 @@ def predict(
 class _Validation:
     """The validation at the end of an epoch, its data prepared once."""
 
-    def __init__(self, adapter: KerasModel, validation_data, callbacks, placement: Placement, *, batch_size, steps):
+    def __init__(self, adapter: Adapter, validation_data, callbacks, placement: Placement, *, batch_size, steps):
         x, y, sample_weight = compat.unpack(validation_data)
         self._feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
         self._adapter, self._callbacks, self._placement = adapter, callbacks, placement
@@ -221,7 +227,7 @@ class _Validation:
         return {f"val_{name}": value for name, value in logs.items()}
 
 
-def _evaluate(adapter: KerasModel, feed: data.Feed, callbacks, placement: Placement) -> dict:
+def _evaluate(adapter: Adapter, feed: data.Feed, callbacks, placement: Placement) -> dict:
     strides = batch_strides(callbacks, "test", adapter.model.steps_per_execution)
     feed.limit(strides)
     feed.restart()
@@ -233,11 +239,13 @@ def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed,
     return Placement(forecast.best_plan(step, program)) if plan == "auto" and feed.knows_shapes else placement
 
 
-def _why_stepwise(adapter: KerasModel, *parts) -> str | None:
+def _why_stepwise(adapter: Adapter, *parts) -> str | None:
     return "the data is sparse or ragged" if data.is_sparse(*parts) else adapter.why_stepwise()
 
 
-def _leave_to_keras(plan: Plan, reason: str) -> None:
+def _leave_to_keras(model, plan: Plan, reason: str) -> None:
+    if not hasattr(model, "fit"):
+        raise ModelError(f"{model.name!r} cannot run, for {reason}: Flax modules run in compiled steps only. Pass dense arrays.")
     if plan != Plan():
         raise PlanError(f"plan {plan.short()!r} needs compiled steps, but this model runs step by step: {reason}. Use plan='single'.")
     warnings.warn(f"parafit leaves this run to Keras, one step at a time: {reason}.", stacklevel=3)

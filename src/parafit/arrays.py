@@ -208,7 +208,7 @@ class _Builder:
         return self.once[key]
 
     def _operand(self, record: Record, side: int, operand: Array) -> Array:
-        """A product's operand as a matrix, the array that it is a transposed matrix of, or the transposed copy that is read in its stead."""
+        """A product's operand as a matrix, the array of which it is the transposed matrix, or the transposed copy read in its stead."""
         value, (sums, batches) = record.inputs[side], (dims[side] for dims in record.params["dimension_numbers"])
         if _fits(value.shape, sums, batches, side):
             flat = len(value.shape) > 2 and not batches

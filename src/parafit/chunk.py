@@ -76,13 +76,13 @@ class Chunk:
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
-def find_chunk(model, step: Step, arrays, placement: Placement) -> Chunk:
+def find_chunk(keeper, step: Step, arrays, placement: Placement) -> Chunk:
     """The program for this step and blocks of these shapes, made once for as long as the model stays as it is.
 
     Tracing happens here; compiling goes on in the background until the chunk is called.
     """
     key = (placement.plan, jax.tree.structure(arrays), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)))
-    return remembered(model, step, key, lambda: _make_chunk(step, arrays, placement))
+    return remembered(keeper, step, key, lambda: _make_chunk(step, arrays, placement))
 
 
 def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:

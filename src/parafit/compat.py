@@ -32,12 +32,12 @@ def flatten_metrics(model, logs: dict) -> Any:
 
 def should_validate(model, epoch: int, frequency) -> bool:
     """Whether `validation_freq` asks for validation. Keras 3.15: private; an int, a list, or Keras' own error."""
-    return model._should_eval(epoch, frequency)
+    return keras.Model._should_eval(model, epoch, frequency)
 
 
 def restored_epoch(model) -> int | None:
     """The epoch to go on with. Keras 3.15: BackupAndRestore tells `fit` in this attribute."""
-    return model._initial_epoch
+    return getattr(model, "_initial_epoch", None)
 
 
 def times_batches(callback) -> bool:

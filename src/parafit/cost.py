@@ -180,7 +180,7 @@ class Pricing:
         return sum(self.machine.device.curve_seconds(kind, count) for kind, count in counts.items() if count)
 
     def gathering_seconds(self, operation: Operation, bytes_: float) -> float:
-        """Rows come from as far as their table reaches: the rate is that of a probe, whose table is twice what it moves, with this table."""
+        """Rows come from as far as their table reaches: at the rate of a probe with this table, which is twice what a probe moves."""
         reach = max(self.shares.local_bytes(self.program.tensors[operation.inputs[0]]) / 2, 1.0)
         return self.machine.device.curve_seconds("gather", reach) * bytes_ / reach
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from parafit import calibrate, residuals
-from parafit.adapt import KerasModel, Step, remembered
+from parafit.adapt import Adapter, Step, remembered
 from parafit.cost import price as price_of
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.plan import Plan
@@ -22,7 +22,7 @@ WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
 
 
-def programs(adapter: KerasModel, step: Step, shapes: Callable[[], Any]) -> Callable[[], Program]:
+def programs(adapter: Adapter, step: Step, shapes: Callable[[], Any]) -> Callable[[], Program]:
     """Gives the program of a model's step, traced when it is first asked for and kept as long as the model stays as it is.
 
     Args:
@@ -34,7 +34,7 @@ def programs(adapter: KerasModel, step: Step, shapes: Callable[[], Any]) -> Call
     def program() -> Program:
         batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes())
         key = ("program", jax.tree.structure(batch), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch)))
-        return remembered(adapter.model, step, key, lambda: step_program(step, batch, adapter.model.name))
+        return remembered(adapter.keeper, step, key, lambda: step_program(step, batch, adapter.model.name))
 
     return program
 

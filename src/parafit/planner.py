@@ -34,8 +34,8 @@ def find_plan(
     `print(plan)` shows its price and the runners-up; `explain(plan, instead="data=8")` says why it beats another.
 
     Args:
-        model: a compiled `keras.Model`; the name of a network such as "gpt:39b"; or a `Program`.
-        x: inputs as `fit` takes them, or the shape of one row of them; None: what the model says.
+        model: a compiled `keras.Model`; a `parafit.nnx.Trainable`; the name of a network such as "gpt:39b"; or a `Program`.
+        x: inputs as `fit` takes them, or the shape of one row of them; None: what a Keras model says.
         y: targets as `fit` takes them; None: what the model's outputs and loss ask for.
         batch_size: rows of one step over all devices together; 32 for a Keras model if not given.
         machine: a `Machine`, or the name of a preset such as "h100x8"; None: the machine that this runs on.
@@ -94,16 +94,17 @@ def _program(model: Any, x: Any, y: Any, batch_size: int | None, *, here: bool) 
 def keras_program(
     model: Any, x: Any = None, y: Any = None, *, batch_size: int | None = None, here: bool = False
 ) -> tuple[Program, frozenset[str]]:
-    """The program of a compiled Keras model's training step, and the techniques that this model cannot run.
+    """The program of a model's training step, and the techniques that this model cannot run.
 
     Args and errors are those of `find_plan`; `here`: the program is to run on this machine, whose compiler is known.
     """
     import jax
 
-    from parafit.adapt import KerasModel
     from parafit.data import Feed
+    from parafit.models import adapter_of
 
-    adapter = KerasModel(model, "fit")
+    adapter = adapter_of(model, "fit")
+    model = adapter.model
     rows = batch_size or 32
     if x is None or _is_shape(x):
         x, y = _example(model, x)
@@ -153,6 +154,8 @@ def _example(model: Any, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
     import jax
     import numpy as np
 
+    if not hasattr(model, "compute_output_shape"):
+        raise ModelError(f"model {model.name!r} does not say what its data looks like: pass x and y themselves.")
     if shape is not None:
         if not model.built:
             model.build((None, *shape))

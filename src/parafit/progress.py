@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parafit.adapt import KerasModel, State, Step
+from parafit.adapt import Adapter, State, Step
 from parafit.chunk import Chunk, Tally, find_chunk
 from parafit.contract import Report, check, compare_memory, expect, read
 from parafit.data import Block
@@ -107,7 +107,7 @@ class Progress:
         seconds_compiling: time spent so far on tracing and waiting for the compiler.
     """
 
-    def __init__(self, adapter: KerasModel, step: Step, placement: Placement):
+    def __init__(self, adapter: Adapter, step: Step, placement: Placement):
         self.adapter = adapter
         self.seconds_compiling = 0.0
         self._step, self._placement = step, placement
@@ -121,7 +121,7 @@ class Progress:
     def compile(self, shapes: list[Any]) -> None:
         """Start compiling the programs for blocks of these shapes, all at once."""
         for arrays in shapes:
-            find_chunk(self.adapter.model, self._step, arrays, self._placement)
+            find_chunk(self.adapter.keeper, self._step, arrays, self._placement)
 
     def find(self, arrays: Any) -> Chunk:
         """The compiled program for blocks like this one."""
@@ -129,7 +129,7 @@ class Progress:
         if known is arrays:  # buffers filled again
             return chunk
         started = time.perf_counter()
-        chunk = find_chunk(self.adapter.model, self._step, arrays, self._placement)
+        chunk = find_chunk(self.adapter.keeper, self._step, arrays, self._placement)
         chunk.wait()  # so that compiling is not taken for running
         self.seconds_compiling += time.perf_counter() - started
         self._found[id(arrays)] = arrays, chunk

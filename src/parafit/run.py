@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parafit.adapt import KerasModel
+from parafit.adapt import Adapter
 from parafit.data import Epoch, Feed
 from parafit.errors import NonFiniteLossError
 from parafit.mesh import Placement
@@ -66,7 +66,7 @@ def train(
             callbacks.on_train_end(logs)
 
 
-def evaluate(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
+def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
     """The loss and metrics of the model on the feed's one epoch, by name."""
     model = adapter.model
     progress = Progress(adapter, adapter.test_step(), placement)
@@ -85,7 +85,7 @@ def evaluate(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: 
     return logs
 
 
-def predict(adapter: KerasModel, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
+def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
     """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
     model = adapter.model
     progress = Progress(adapter, adapter.predict_step(), placement)

@@ -34,10 +34,10 @@ class HalfProducts:
     def check(self) -> None:
         """Refuse a step in which bfloat16 products change nothing although it has no such products of its own."""
         if not self.rounds and not self.multiplied & {"bfloat16", "float16"}:
+            found = ", ".join(sorted(self.multiplied)) or "no matrices"
             raise PlanError(
                 "precision=bfloat16 changes nothing here: it rounds operands of float32 products that ask for no precision of their own, "
-                f"and this step multiplies {', '.join(sorted(self.multiplied)) or 'no matrices'}. Leave it out of the plan, or build the model "
-                "in float32."
+                f"and this step multiplies {found}. Leave it out of the plan, or build the model in float32."
             )
 
 

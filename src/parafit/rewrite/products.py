@@ -39,8 +39,9 @@ def _half_product(left: jax.Array, right: jax.Array, dimension_numbers, precisio
     one = _matrices(left, batch, free, sums)
     other = _matrices(right, right_batch, *((right_free, right_sums) if turned else (right_sums, right_free)))
     first = len(one.shape) - 2
-    dims = ((first + 1,), (first + turned,)), (tuple(range(first)),) * 2
-    product = lax.dot_general(*lax.optimization_barrier((one, other)), dims, precision=precision, preferred_element_type=jnp.float32)
+    dims = ((first + 1,), (first + turned,)), (tuple(range(first)), tuple(range(first)))
+    one, other = lax.optimization_barrier((one, other))
+    product = lax.dot_general(one, other, dims, precision=precision, preferred_element_type=jnp.float32)
     shape = *(left.shape[dim] for dim in (*batch, *free)), *(right.shape[dim] for dim in right_free)
     return lax.optimization_barrier(product).reshape(shape)
 
