@@ -71,7 +71,8 @@ def _fullest(program: Program, shares: Shares) -> dict[str, float]:
         for moment, change in ((buffer.first, bytes_), (buffer.last + 1, -bytes_)):
             parts = changes.setdefault(moment, dict.fromkeys(BUFFERED, 0.0))
             parts[buffer.part] += change
-    best = now = dict.fromkeys(BUFFERED, 0.0)
+    best: dict[str, float] = dict.fromkeys(BUFFERED, 0.0)
+    now = best
     for moment in sorted(changes):
         now = {part: now[part] + change for part, change in changes[moment].items()}
         best = max(best, now, key=lambda parts: sum(parts.values()))
