@@ -35,10 +35,9 @@ from parafit.data import Feed
 from parafit.machine import Machine
 from parafit.mesh import Placement
 from parafit.plan import Plan
+from parafit.planner import step_program
 from parafit.residuals import Residual, correction
-from parafit.rewrite import rewrite_jaxpr
 from parafit.software import Software
-from parafit.trace import trace_step
 
 EPOCHS = 12
 """Epochs timed after one that is not; their median counts."""
@@ -184,20 +183,23 @@ def _batches(name: str, sizes: tuple[int, ...], make: Callable, *args, **options
     return [Case(name=name, batch=size, make=partial(make, *args, **options)) for size in sizes]
 
 
+CASES = _cases()
+
+
 def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
     """Predict a case, then fit it in `EPOCHS` epochs of about `seconds` together, after some that are not timed."""
     keras.utils.set_random_seed(0)
     model, classes = case.make()
-    x, y = _arrays(model, classes, case.batch * 8)
-    trial = _typical(model, x, y, case.batch, 3)
+    x, y = arrays_for(model, classes, case.batch * 8)
+    trial = typical_seconds(model, x, y, case.batch, 3)
     steps = max(1, min(20000, math.ceil(seconds / EPOCHS / trial)))
-    x, y = _arrays(model, classes, case.batch * steps)
+    x, y = arrays_for(model, classes, case.batch * steps)
     feed = Feed(x, y, batch_size=case.batch, shuffle=True)
     adapter = KerasModel(model, "fit")
     adapter.build(feed.example)
     step, arrays = adapter.train_step(), feed.foreseen()[0]
     capacity = jax.tree.leaves(arrays)[0].shape[0]
-    program = trace_step(step, step.read(), feed.shapes(), name=case.name, lower=rewrite_jaxpr)
+    program = step_program(step, feed.shapes(), case.name)
     cost = price(program, Plan(), machine, software=Software(steps_per_dispatch=capacity))
     block_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
     return Score(
@@ -205,7 +207,7 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
         batch=case.batch,
         predicted_seconds=cost.seconds,
         corrected_seconds=cost.seconds * load,
-        measured_seconds=_typical(model, x, y, case.batch, EPOCHS + 1),
+        measured_seconds=typical_seconds(model, x, y, case.batch, EPOCHS + 1),
         predicted_bytes=cost.peak_bytes + block_bytes - (cost.memory["inputs"] if capacity == 1 else 0),  # else each batch is copied
         measured_bytes=find_chunk(model, step, arrays, Placement(Plan())).peak_bytes,
         times=cost.times,
@@ -213,7 +215,8 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
     )
 
 
-def _arrays(model, classes: int, rows: int):
+def arrays_for(model, classes: int, rows: int):
+    """Rows for a case's model."""
     random = np.random.default_rng(0)
     shape = (rows, *model.input_shape[1:])
     whole = model.inputs[0].dtype == "int32"
@@ -235,9 +238,10 @@ class _Clock(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def _typical(model, x, y, batch: int, epochs: int) -> float:
+def typical_seconds(model, x, y, batch: int, epochs: int, *, plan: str = "single") -> float:
+    """Seconds of a step: the median over all epochs but the first."""
     clock = _Clock()
-    parafit.fit(model, x, y, batch_size=batch, epochs=epochs, callbacks=[clock], verbose=0)
+    parafit.fit(model, x, y, batch_size=batch, epochs=epochs, callbacks=[clock], verbose=0, plan=plan)
     return statistics.median(clock.seconds[1:]) / (len(x) // batch)
 
 
@@ -247,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = calibrate() if options.calibrate else Machine.load(options.machine) if options.machine else here()
     scores: list[Score] = []
     print(f"{'case':44} {'batch':>6} {'predicted':>11} {'corrected':>11} {'measured':>11} {'predicted':>11} {'measured':>11}")
-    for case in (case for case in _cases() if re.search(options.case, case.name)):
+    for case in (case for case in CASES if re.search(options.case, case.name)):
         scores.append(score(case, machine, options.seconds, correction(map(_residual, scores))))
         print(_line(scores[-1]), flush=True)
     print(_summary(scores))
