@@ -14,7 +14,7 @@ from functools import cached_property
 from parafit.walk import Record, Value, Walk
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Array:
     """An array, or for a leaf of the step what is given.
 
@@ -113,12 +113,11 @@ class _Builder:
 
     def _loop_result(self, value: Value) -> Array | None:
         """What a loop gives: an array that it carried, or one stacked by its turns in what was zeros at the start."""
-        if value.producer is None or (value.producer.kind != "loop" and (value.source is not None or value.producer.loop is None)):
+        if value.loop is None:
             return None
-        record = value.producer if value.producer.kind == "loop" else value.producer.loop
-        assert record is not None
-        place = self._add(Array(value=value, bytes=value.bytes, record=record, kept=True)) if value.source is None else self.find(value.source)
-        return self._add(Array(value=value, bytes=0, record=record, reads=[self.loops[id(record)]], place=place, kept=True))
+        zeros = Array(value=value, bytes=value.bytes, record=value.loop, kept=True)
+        place = self._add(zeros) if value.source is None else self.find(value.source)
+        return self._add(Array(value=value, bytes=0, record=value.loop, reads=[self.loops[id(value.loop)]], place=place, kept=True))
 
     def _source(self, value: Value) -> Array:
         if value.source is None:
@@ -206,7 +205,7 @@ class _Builder:
         return self.once[key]
 
     def _operand(self, record: Record, side: int, operand: Array) -> Array:
-        """A product's operand as a matrix, the array that it is a transposed matrix of, or the transposed copy that is read in its stead."""
+        """What a product reads as an operand: the operand as a matrix, what it is the transpose of, or a transposed copy."""
         value, (sums, batches) = record.inputs[side], (dims[side] for dims in record.params["dimension_numbers"])
         if _fits(value.shape, sums, batches, side):
             flat = len(value.shape) > 2 and not batches

@@ -4,8 +4,8 @@ Read from the programs that XLA makes (JAX 0.10.2):
 - fusion: an operation on elements runs inside every operation that can take it in, however often it is then computed, unless it is
   costly (exp, a division) and has several readers. What some reader must have in memory is stored; others read it there too, unless it
   is made from one array of its size alone: then they compute it again.
-- order: an operation runs as soon as what it reads is there, first come, first served, constants first, then in the order in which one
-  comes to the operations from the results. So an update follows its gradient at once, and what the backward pass gathers from inputs waits for it.
+- order: an operation runs as soon as what it reads is there, first come, first served, constants first, then in the order in which
+  one comes to the operations from the results. So an update follows its gradient at once, and what the backward pass gathers from inputs waits for it.
 - in place: an operation on elements writes over an operand of its size that nothing else needs.
 - state is donated: new weights are written over the old ones. If the old ones are read by what need not have run before, they are copied
   at the start and read from the copy; until the new ones are written, their memory is free for others.
@@ -58,7 +58,7 @@ def _part(value: Value) -> str:
     return "activations" if value.producer is not None and value.producer.phase == "forward" else "temporaries"
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class _Kernel:
     """A stored array, or a loop, with the arrays that are computed inside.
 
