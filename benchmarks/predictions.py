@@ -1,9 +1,9 @@
 """Predicted against measured: step time and peak memory of many small networks on this machine.
 
-`python -m benchmarks.predictions [--case TEXT] [--seconds 1] [--calibrate] [--to FILE]`. Each case is traced and priced for one device of
-the calibrated machine, then fitted by `parafit.fit`; its step time is the median over short epochs, as probes are timed.
+`python -m benchmarks.predictions [--case TEXT] [--seconds 1] [--calibrate] [--memory-only] [--to FILE]`. Each case is traced and priced
+for one device of the calibrated machine, then fitted by `parafit.fit`; its step time is the median over short epochs, as probes are timed.
 "corrected" is the prediction times the load that the fits before it met (`residuals.correction`), known before the fit. No case was
-used to choose a constant.
+used to choose a constant of time; what XLA stores was read from the compiled programs of about half of them (docs/cost.md).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks import surroundings
 from parafit.adapt import KerasModel
 from parafit.calibrate import calibrate, here
 from parafit.chunk import find_chunk
-from parafit.cost import price
+from parafit.cost import Cost, price
 from parafit.data import Feed
 from parafit.machine import Machine
 from parafit.mesh import Placement
@@ -41,6 +41,9 @@ from parafit.software import Software
 
 EPOCHS = 12
 """Epochs timed after one that is not; their median counts."""
+
+BLOCK_STEPS = 8
+"""Batches of an epoch where only memory is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +197,37 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
     trial = typical_seconds(model, x, y, case.batch, 3)
     steps = max(1, min(20000, math.ceil(seconds / EPOCHS / trial)))
     x, y = arrays_for(model, classes, case.batch * steps)
+    cost, predicted_bytes, compiled_bytes = _price(case, model, x, y, machine)
+    return Score(
+        name=case.name,
+        batch=case.batch,
+        predicted_seconds=cost.seconds,
+        corrected_seconds=cost.seconds * load,
+        measured_seconds=typical_seconds(model, x, y, case.batch, EPOCHS + 1),
+        predicted_bytes=predicted_bytes,
+        measured_bytes=compiled_bytes(),
+        times=cost.times,
+        memory=cost.memory,
+    )
+
+
+def weigh(case: Case, machine: Machine) -> float:
+    """Print what is predicted of a case's peak memory and what its compiled program takes, of blocks of up to `BLOCK_STEPS` batches.
+
+    Returns:
+        The relative error.
+    """
+    keras.utils.set_random_seed(0)
+    model, classes = case.make()
+    _, predicted, compiled_bytes = _price(case, model, *arrays_for(model, classes, case.batch * BLOCK_STEPS), machine)
+    measured = compiled_bytes()
+    error = predicted / measured - 1
+    print(f"{case.name:44} {case.batch:6} {predicted / 2**20:7.2f} MiB {measured / 2**20:7.2f} MiB {error:+6.1%}", flush=True)
+    return error
+
+
+def _price(case: Case, model, x, y, machine: Machine) -> tuple[Cost, float, Callable[[], int]]:
+    """What a case is said to take, its bytes with the block of batches, and a function that compiles it and gives those it takes."""
     feed = Feed(x, y, batch_size=case.batch, shuffle=True)
     adapter = KerasModel(model, "fit")
     adapter.build(feed.example)
@@ -202,17 +236,8 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
     program = step_program(step, feed.shapes(), case.name)
     cost = price(program, Plan(), machine, software=Software(steps_per_dispatch=capacity))
     block_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
-    return Score(
-        name=case.name,
-        batch=case.batch,
-        predicted_seconds=cost.seconds,
-        corrected_seconds=cost.seconds * load,
-        measured_seconds=typical_seconds(model, x, y, case.batch, EPOCHS + 1),
-        predicted_bytes=cost.peak_bytes + block_bytes - (cost.memory["inputs"] if capacity == 1 else 0),  # else each batch is copied
-        measured_bytes=find_chunk(model, step, arrays, Placement(Plan())).peak_bytes,
-        times=cost.times,
-        memory=cost.memory,
-    )
+    copied_bytes = 0 if capacity > 1 else cost.memory["inputs"]  # a block of one batch is used as it is
+    return cost, cost.peak_bytes + block_bytes - copied_bytes, lambda: find_chunk(model, step, arrays, Placement(Plan())).peak_bytes
 
 
 def arrays_for(model, classes: int, rows: int):
@@ -249,9 +274,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Score every case, print the table, and write it as JSON."""
     options = _options(arguments)
     machine = calibrate() if options.calibrate else Machine.load(options.machine) if options.machine else here()
+    cases = [case for case in CASES if re.search(options.case, case.name)]
+    if options.memory_only:
+        print(f"memory     {_spread([weigh(case, machine) for case in cases])}")
+        return
     scores: list[Score] = []
     print(f"{'case':44} {'batch':>6} {'predicted':>11} {'corrected':>11} {'measured':>11} {'predicted':>11} {'measured':>11}")
-    for case in (case for case in CASES if re.search(options.case, case.name)):
+    for case in cases:
         scores.append(score(case, machine, options.seconds, correction(map(_residual, scores))))
         print(_line(scores[-1]), flush=True)
     print(_summary(scores))
@@ -276,11 +305,13 @@ def _line(score: Score) -> str:
 def _summary(scores: list[Score]) -> str:
     lines = [f"{len(scores)} cases"]
     for what in ("time", "corrected", "memory"):
-        errors = np.abs([getattr(each, f"{what}_error") for each in scores])
-        lines.append(
-            f"{what:10} median |error| {np.median(errors):.1%}, 90th percentile {np.quantile(errors, 0.9):.1%}, largest {errors.max():.1%}"
-        )
+        lines.append(f"{what:10} {_spread([getattr(each, f'{what}_error') for each in scores])}")
     return "\n".join(lines)
+
+
+def _spread(errors: list[float]) -> str:
+    sizes = np.abs(errors)
+    return f"median |error| {np.median(sizes):.1%}, 90th percentile {np.quantile(sizes, 0.9):.1%}, largest {sizes.max():.1%}"
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -289,6 +320,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on the timed epochs of a case")
     parser.add_argument("--machine", default="", help="a preset or a machine's JSON file; default: this machine as it was calibrated")
     parser.add_argument("--calibrate", action="store_true", help="measure the machine first")
+    parser.add_argument("--memory-only", action="store_true", help="compile each case, but run and time none")
     parser.add_argument("--to", default="", help="a JSON file for the results")
     return parser.parse_args(arguments)
 

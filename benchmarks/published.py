@@ -1,10 +1,9 @@
 """Scores `cost.price` on published training measurements: `python -m benchmarks.published [--tables FOLDER] [--out JSON]`.
 
-Each row of a table becomes a program, a plan and a machine by facts that its source states (`published_tables`). What was
-read from such rows is listed in docs/cost.md: one number a device, the share of its peak that products sustain in training, and three of EFA
-and nanotron. Compared are
-seconds of a step (or tokens per second turned into them), whether the plan fits into memory, the order of the plans of one sweep (same
-model, same devices), and how good the plan is that would have been chosen from it.
+Each row of a table becomes a program, a plan and a machine by facts that its source states (`published_tables`). What was read from
+such rows is listed in docs/cost.md: one number a device, the share of its peak that products sustain in training, and three of EFA and
+nanotron. Compared are seconds of a step (or tokens per second turned into them), whether the plan fits into memory, the order of the plans
+of one sweep (same model, same devices), and how good the plan is that would have been chosen from it.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import parafit  # first, so that Keras runs on JAX
+import parafit  # noqa: F401  # first, so that Keras runs on JAX
 
 # isort: split
 import jax

@@ -1,5 +1,6 @@
 """Walks a traced step: every equation at every depth becomes a record of an operation over values whose dims are tied."""
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ class Value:
         layer: the layer it belongs to, "" while unknown.
         source: the value it is another view of.
         producer: the operation that writes it.
+        loop: the loop that gives it, carried or stacked.
         readers: operations that read it.
         leaves: the program returns it, or a loop hands it on.
         literal: a number in the program's text.
@@ -50,6 +52,7 @@ class Value:
     layer: str = ""
     source: "Value | None" = None
     producer: "Record | None" = None
+    loop: "Record | None" = None
     readers: "list[Record]" = field(default_factory=list)
     leaves: bool = False
     literal: bool = False
@@ -191,6 +194,7 @@ class Walk:
         outputs = self._carried(carry, leaving[:carried], scope, steps * length)
         for var, value in zip(equation.outvars[carried:], leaving[carried:]):
             whole = self._value(var.aval, [time, *value.dims], value.layer)
+            whole.loop = self._loop
             self._keep(value, whole, scope, steps * length)
             outputs.append(whole)
         self._loop = outer
@@ -232,7 +236,7 @@ class Walk:
             self._keep(after, before, scope, steps)
         outputs = [self._view(value) for value in carry]
         for value in outputs:
-            value.producer = self._loop
+            value.loop = self._loop
         return outputs
 
     def _keep(self, value: Value, place: Value, scope: str, steps: int) -> None:
@@ -387,6 +391,7 @@ def _inherited(inputs: list[Value]) -> str:
     return next((value.layer for value in inputs if value.layer), "")
 
 
+@functools.lru_cache(4096)
 def _layer(scope: str) -> str:
     """The layer in a name stack.
 
