@@ -1,0 +1,197 @@
+"""What a step is said to hold in memory against what XLA:CPU's own analysis says of the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from parafit.adapt import KerasModel
+from parafit.chunk import find_chunk
+from parafit.cost import price
+from parafit.data import Feed
+from parafit.machine import Machine
+from parafit.mesh import Placement
+from parafit.plan import Plan
+from parafit.prices import Prices
+from parafit.program import BUFFERED
+from parafit.rewrite import rewrite_jaxpr
+from parafit.trace import trace, trace_step, tree_leaves
+from tests.zoo import ZOO
+
+STEPS = 4
+TOLERANCE = 0.05
+SMALL_BYTES = 2048  # tables of pointers, scalars, alignment
+
+
+def shape(*sizes, dtype="float32"):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def descent(loss):
+    """A step that trains weights by gradient descent."""
+
+    def step(weights, x):
+        return jax.tree.map(lambda weight, slope: weight - 0.1 * slope, weights, jax.grad(loss)(weights, x))
+
+    return step
+
+
+def held(step, weights, x):
+    """Bytes that a step inside a loop over batches is said to need beside its weights, and those that the compiler gives it."""
+    leaves = tree_leaves(weights, "parameter", "weights")
+    inputs = tree_leaves(x, "input", "x")
+    program = trace(step, (weights, x), [*leaves, *inputs], results=leaves, lower=lambda traced: traced)
+    memory = price(program, Plan(), Machine.load("h100x8").of(1)).memory
+
+    def steps(weights, batches, count):
+        return jax.lax.fori_loop(0, count, lambda index, weights: step(weights, batches[index]), weights)
+
+    many = jax.jit(steps, donate_argnums=0).lower(weights, shape(STEPS, *x.shape, dtype=x.dtype), shape(dtype="int32"))
+    return sum(memory[part] for part in BUFFERED), many.compile().memory_analysis().temp_size_in_bytes
+
+
+def square(size):
+    return shape(size, size)
+
+
+def chain(weights, x):
+    for weight in weights:
+        x = jnp.maximum(x @ weight, 0)
+    return x.sum()
+
+
+def softmax(weights, x):
+    scores = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", x @ weights["query"], x @ weights["key"]), -1)
+    return jnp.einsum("bhts,bshd->bthd", scores, x).sum()
+
+
+def loop(weights, x):
+    final, _ = jax.lax.scan(lambda state, row: (jnp.tanh(state @ weights + row), None), jnp.zeros(x.shape[1:]), x)
+    return final.sum()
+
+
+def lookup(weights, x):
+    return (weights["table"][x] @ weights["out"]).sum()
+
+
+def nested(weights, x):
+    def turn(state, row):
+        inner, rows = jax.lax.scan(lambda state, _: (jnp.tanh(state @ weights), state), state, length=4)
+        return jnp.sin(inner) + row, rows.sum(0)
+
+    final, rows = jax.lax.scan(turn, jnp.zeros(x.shape[1:]), x)
+    return final.sum() + rows.sum()
+
+
+def odd(weights, x):
+    x = jax.lax.cond(x.sum() > 0, lambda: x @ weights, lambda: x)
+    x = jnp.sort(jnp.cumsum(x, 1), 0) + jnp.linalg.cholesky(weights @ weights.T + 100 * jnp.eye(len(weights)))[0]
+    return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x), x).sum()
+
+
+def normalised(weights, x):
+    x = x @ weights
+    x = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-3)
+    return jnp.maximum(x, 0).sum()
+
+
+def joined(weights, x):
+    hidden = jnp.tanh(x @ weights["first"])
+    return (jnp.concatenate([hidden * 2, hidden + 1, jnp.exp(hidden)], 1) @ weights["second"]).sum()
+
+
+MECHANISMS = {
+    "a weight that only the forward pass reads is not copied": (chain, [square(256)], shape(32, 256)),
+    "weights that the backward pass reads are copied, and gradients take their place": (chain, [square(256)] * 4, shape(32, 256)),
+    "activations outweigh weights": (chain, [square(32)] * 4, shape(2048, 32)),
+    "batched products read transposed copies": (softmax, {"query": square(16), "key": square(16)}, shape(8, 32, 4, 16)),
+    "loops keep what they stack": (loop, square(64), shape(20, 64, 64)),
+    "a scatter adds in place": (lookup, {"table": shape(2000, 32), "out": square(32)}, shape(16, 8, dtype="int32")),
+    "what follows from one array is computed again": (normalised, square(64), shape(512, 64)),
+    "parts of a concatenation are stored": (joined, {"first": square(64), "second": shape(192, 8)}, shape(256, 64)),
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_xla_does(name):
+    loss, weights, x = MECHANISMS[name]
+    said, found = held(descent(loss), weights, x)
+    assert said == pytest.approx(found, rel=TOLERANCE, abs=SMALL_BYTES)
+
+
+def test_loops_inside_loops_are_known_to_a_tenth():
+    said, found = held(descent(nested), square(32), shape(10, 64, 32))
+    assert said == pytest.approx(found, rel=2 * TOLERANCE)
+
+
+def test_a_step_of_what_is_rare_has_buffers():
+    weights, x = square(16), shape(32, 16)
+    arguments = descent(odd), (weights, x), [*tree_leaves(weights, "parameter", "weights"), *tree_leaves(x, "input", "x")]
+    program = trace(*arguments, results=arguments[2][:1], lower=rewrite_jaxpr)
+    assert sum(buffer.bytes for buffer in program.buffers) > 5 * 4 * 32 * 16
+
+
+def classifier(hidden, *sizes):
+    model = keras.Sequential([keras.Input(sizes), *hidden, layers.Dense(5, "softmax")])
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model, np.zeros((32 * STEPS, *sizes), "float32"), np.zeros(32 * STEPS, "int32")
+
+
+NETWORKS = {
+    "convolutions and pools": lambda: classifier(
+        [layers.Conv2D(16, 3, padding="same", activation="relu"), layers.MaxPooling2D(), layers.Conv2D(8, 3), layers.Flatten()], 16, 16, 3
+    ),
+    "sequences": lambda: classifier([layers.Conv1D(32, 5, activation="relu"), layers.GlobalMaxPooling1D()], 40, 8),
+    "recurrent": lambda: classifier([layers.GRU(32)], 20, 8),
+    "wide": lambda: classifier([layers.Dense(256, "relu"), layers.Dense(256, "gelu"), layers.BatchNormalization()], 64),
+    **ZOO,
+}
+
+
+def traced(model, x, y):
+    """The program of a model's training step, the step, and a block of batches."""
+    feed = Feed(x, y, batch_size=32)
+    adapted = KerasModel(model, "fit")
+    adapted.build(feed.example)
+    step = adapted.train_step()
+    program = trace_step(step, step.read(), feed.shapes(), fixed=step.read_fixed(), name=model.name, lower=rewrite_jaxpr)
+    return program, step, feed.foreseen()[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_peak_memory_is_what_the_compiler_says(name):
+    model, *data = NETWORKS[name]()
+    program, step, block = traced(model, *data)
+    memory = price(program, Plan(), Machine.load("h100x8").of(1)).memory
+    said = sum(size for part, size in memory.items() if part != "context") + sum(array.nbytes for array in jax.tree.leaves(block))
+    found = find_chunk(model, step, block, Placement(Plan())).peak_bytes
+    assert said == pytest.approx(found, rel=2 * TOLERANCE, abs=SMALL_BYTES)
+
+
+def test_a_search_prices_a_program_with_buffers_as_price_does():
+    program = traced(*NETWORKS["wide"]())[0]
+    machine = Machine.load("a100x8")
+    prices = Prices(program, machine.of(4))
+    data = ("data=4", "data=4,zero=1", "data=4,zero=3", "data=4,recompute=blocks")
+    for text in (*data, "data=4,microbatches=2", "data=4,microbatches=2,zero=2"):
+        plan = Plan.parse(text)
+        assert prices.of(plan) == price(program, plan, machine.of(4)), text
+
+
+def test_buffers_follow_the_plan():
+    program = traced(*NETWORKS["wide"]())[0]
+    machine = Machine.load("a100x8")
+    single, split, summed = (price(program, Plan.parse(text), machine).memory for text in ("single", "data=8", "microbatches=2"))
+    assert split["activations"] < single["activations"]
+    assert split["parameters"] == single["parameters"]
+    assert single["gradients"] < program.bytes_of("gradient") <= summed["gradients"]
+
+
+def test_a_program_for_another_machine_knows_no_buffers():
+    weights = shape(8, 8)
+    leaves = tree_leaves(weights, "parameter", "weights")
+    arguments = descent(chain), ([weights], shape(4, 8)), [*leaves, *tree_leaves(shape(4, 8), "input", "x")]
+    assert not trace(*arguments, results=leaves).buffers
+    assert trace(*arguments, results=leaves, lower=lambda traced: traced).buffers
