@@ -106,6 +106,13 @@ def test_layouts_agree_to_the_rounding_of_bfloat16(plan):
     assert np.linalg.norm(many - one) < BOUND * np.linalg.norm(one) < np.linalg.norm(exact - one)
 
 
+@pytest.mark.parametrize("plan", ["data=4", "data=8,zero=3", "data=4,zero=2,microbatches=2"])
+def test_it_communicates_what_the_plan_says(plan, capsys):
+    x, y = data()
+    parafit.fit(network(), x, y, plan=f"precision=bfloat16,{plan}", batch_size=16, verbose=2)
+    assert "not in the plan" not in capsys.readouterr().out
+
+
 def test_it_learns_as_well_as_float32():
     exact, rounded = (fit(plan, epochs=20, rate=1e-2)[1] for plan in ("single", "precision=bfloat16"))
     assert exact["loss"][-1] < 0.3 * exact["loss"][0]

@@ -255,6 +255,14 @@ def test_plans_are_found_and_priced():
         parafit.find_plan(Trainable(module, loss=loss, optimizer=optimizer), (12,), batch_size=16)
 
 
+def test_sparse_data_is_refused():
+    from scipy.sparse import csr_matrix
+
+    model = Trainable(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), loss=squares, optimizer=optax.sgd(0.1))
+    with pytest.raises(ModelError, match="'linear' cannot run, for the data is sparse or ragged: Flax modules run in compiled steps only"):
+        parafit.fit(model, csr_matrix(np.ones((8, 3), "float32")), verbose=0)
+
+
 class Growing(nnx.Module):
     def __init__(self):
         self.kernel = nnx.Param(jnp.ones((3, 1)))

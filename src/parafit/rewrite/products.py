@@ -1,5 +1,6 @@
 """Products of matrices: kernel gradients of dense layers, bfloat16 operands."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -30,20 +31,29 @@ def _half_precision_form(equation: JaxprEqn) -> Callable | None:
 def _half_product(left: jax.Array, right: jax.Array, dimension_numbers, precision=None) -> jax.Array:
     """A float32 product of bfloat16 operands in the form that XLA:CPU gives to the processor: the left operand summed over its last dim.
 
-    The barriers keep transposes out of it. XLA:CPU first chooses how to run a product and then moves transposes into it, which may end in
-    "Unsupported element type for DotThunk: BF16 x BF16 = F32" (JAX 0.10.2: `(left @ right).T`, `left.T @ right`).
+    Dims of the batch stay apart, for they may be split over devices.
     """
     (sums, right_sums), (batch, right_batch) = dimension_numbers
     free, right_free = _others(left, sums, batch), _others(right, right_sums, right_batch)
     turned = _lies(right, (*right_batch, *right_free, *right_sums))
     one = _matrices(left, batch, free, sums)
     other = _matrices(right, right_batch, *((right_free, right_sums) if turned else (right_sums, right_free)))
-    first = len(one.shape) - 2
-    dims = ((first + 1,), (first + turned,)), (tuple(range(first)), tuple(range(first)))
-    one, other = lax.optimization_barrier((one, other))
-    product = lax.dot_general(one, other, dims, precision=precision, preferred_element_type=jnp.float32)
-    shape = *(left.shape[dim] for dim in (*batch, *free)), *(right.shape[dim] for dim in right_free)
-    return lax.optimization_barrier(product).reshape(shape)
+    product = _matrix_product(one, other, turned, precision)
+    return product.reshape(*(left.shape[dim] for dim in (*batch, *free)), *(right.shape[dim] for dim in right_free))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _matrix_product(left: jax.Array, right: jax.Array, turned: bool, precision) -> jax.Array:
+    """left (..., rows, inner) times right (..., inner, columns), or (..., columns, inner) if `turned`.
+
+    XLA:CPU (JAX 0.10.2) first chooses how to run a product, by how its operands lie in memory, and then moves transposes into it, which may
+    end in "Unsupported element type for DotThunk: BF16 x BF16 = F32". Arguments of a function of its own lie as they are written, and the
+    barriers keep transposes out.
+    """
+    batch = tuple(range(left.ndim - 2))
+    dims = ((left.ndim - 1,), (left.ndim - 2 + turned,)), (batch, batch)
+    left, right = lax.optimization_barrier((left, right))
+    return lax.optimization_barrier(lax.dot_general(left, right, dims, precision=precision, preferred_element_type=jnp.float32))
 
 
 def _others(array: jax.Array, *taken: Sequence[int]) -> tuple[int, ...]:
@@ -55,12 +65,9 @@ def _lies(array: jax.Array, dims: Sequence[int]) -> bool:
 
 
 def _matrices(array: jax.Array, batch: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> jax.Array:
-    """The array as (batch, rows, columns), or (rows, columns) without a batch, each of several dims; copied if it lies otherwise."""
-    order, shape = (*batch, *rows, *columns), array.shape
-    if not _lies(array, order):
-        array = lax.optimization_barrier(lax.transpose(array, order).reshape(-1))
-    sizes = [math.prod(shape[dim] for dim in dims) for dims in (batch, rows, columns)]
-    return array.reshape(sizes if batch else sizes[1:])
+    """The array as (*batch, rows, columns), rows and columns each of several dims."""
+    sizes = [array.shape[dim] for dim in batch] + [math.prod(array.shape[dim] for dim in dims) for dims in (rows, columns)]
+    return lax.transpose(array, (*batch, *rows, *columns)).reshape(sizes)
 
 
 def _leading_product_form(equation: JaxprEqn) -> Callable | None:
