@@ -30,7 +30,7 @@ LAYERS = [
     {"candidates", "prices"},
     {"layout"},
     {"cost"},
-    {"memory"},
+    {"memory", "measured"},
     {"shares"},
     {"plan", "trace", "collectives", "networks", "residuals"},
     {"describe", "copies"},

@@ -7,16 +7,16 @@ al. 2021).
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Group, seconds
 from parafit.machine import Machine
+from parafit.measured import Measured
 from parafit.memory import Stage, boundary, peak, recomputed
 from parafit.plan import Plan
-from parafit.program import Operation, Program, Tensor
+from parafit.program import Operation, Program
 from parafit.shares import Exchange, Shares
 from parafit.software import Software
 
@@ -102,6 +102,13 @@ class Pricing:
         self.places = _places(program)
         self.stages = plan.axes.get("pipeline", 1)
         self.blocks = max((operation.count for operation in program.operations), default=1)
+        measured = Measured(program, plan, self.shares, machine.device, self.precision, lambda: self.reach_bytes)
+        self.measured = measured if machine.device.curves else None
+
+    @cached_property
+    def reach_bytes(self) -> float:
+        """All that a step touches."""
+        return math.fsum(self.memory().values())
 
     @cached_property
     def forward_results(self) -> frozenset[str]:
@@ -115,8 +122,9 @@ class Pricing:
         for part in (self.updated(), self.reduced(times), self.gathered(times)):
             _merge(times, part)
         times["dispatch"] = self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds
-        times["feed"] = self.feed_seconds()
-        times["operations"] = self.starting_seconds()
+        if self.measured:
+            times["feed"] = self.measured.feed_seconds(self.software.steps_per_dispatch)
+            times["operations"] = self.measured.starting_seconds()
         return Cost(times=times, memory=self.memory())
 
     def microbatch(self, place: str) -> dict[str, float]:
@@ -151,78 +159,15 @@ class Pricing:
 
     def operation_seconds(self, operation: Operation, share) -> float:
         """The roofline of one run, or what was measured."""
-        device = self.machine.device
-        if device.curves:
-            return self.measured_seconds(operation, share)
-        return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + device.operation_seconds
-
-    def measured_seconds(self, operation: Operation, share) -> float:
-        """From a calibrated device's table and curves. A parameter is read once a step: it comes from as far as all of the step reaches."""
-        device = self.machine.device
-        if operation.kind == "loop":
-            return device.loop_seconds
-        if operation.kind == "gather":
-            return self.gathering_seconds(operation, share.bytes)
-        if operation.kind not in ("matmul", "convolution", "attention"):
-            return max(device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share))
-        weights = [self.program.tensors[name] for name in operation.inputs if operation.steps == 1]
-        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in weights if tensor.role == "parameter")
-        return max(self.arithmetic_seconds(operation, share), self.far_seconds("elementwise", bytes_))
-
-    def evaluating_seconds(self, operation: Operation, share) -> float:
-        """What its arithmetic and its functions take, from probes of arrays of float32 that do nothing else."""
-        curves = self.machine.device.curves
-        if not operation.flops or "function" not in curves or "arithmetic" not in curves:
-            return 0.0
-        part = 4 * share.flops / operation.flops
-        plain, functions = (operation.flops - operation.functions) * part, operation.functions * part
-        counts = {"arithmetic": plain, "function": functions}
-        return sum(self.machine.device.curve_seconds(kind, count) for kind, count in counts.items() if count)
-
-    def gathering_seconds(self, operation: Operation, bytes_: float) -> float:
-        """Rows come from as far as their table reaches: at the rate of a probe with this table, which is twice what a probe moves."""
-        reach = max(self.shares.local_bytes(self.program.tensors[operation.inputs[0]]) / 2, 1.0)
-        return self.machine.device.curve_seconds("gather", reach) * bytes_ / reach
-
-    def starting_seconds(self) -> float:
-        """What starting all operations takes where it was measured: each takes longer in a long program, whose operations run in any
-        order, than in a short one. A turn of a loop inside the step is a program of its own."""
-        if "operation" not in self.machine.device.curves:
-            return 0.0
-        counts = Counter[int]()
-        for operation in self.program.operations:
-            counts[operation.steps] += operation.count
-        each = {steps: self.machine.device.curve_seconds("operation", count) for steps, count in counts.items()}
-        return self.plan.microbatches * sum(steps * seconds for steps, seconds in each.items())
-
-    def far_seconds(self, kind: str, bytes_: float) -> float:
-        """Seconds to move bytes that were last touched a whole step ago."""
-        reach = max(self.reach_bytes, bytes_)
-        return self.machine.device.curve_seconds(kind, reach) * bytes_ / reach
-
-    @cached_property
-    def reach_bytes(self) -> float:
-        """All that a step touches."""
-        return math.fsum(self.memory().values())
-
-    def feed_seconds(self) -> float:
-        """A batch is copied out of its block; the host gathers the next with one of the cores that the device computes with."""
-        device = self.machine.device
-        if not device.feed_bytes_per_second:
-            return 0.0
-        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in self.program.of_role("input"))
-        copied = device.curve_seconds("slice", 2 * bytes_) if self.software.steps_per_dispatch > 1 else 0.0
-        return bytes_ / device.feed_bytes_per_second / max(1, device.cores) + copied
+        if self.measured:
+            return self.measured.operation_seconds(operation, share)
+        return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + self.machine.device.operation_seconds
 
     def arithmetic_seconds(self, operation: Operation, share) -> float:
         if operation.kind == "attention":
             shares = self.software.attention or self.machine.device.attention
             if shares:
                 return share.flops / (self.machine.device.peak(self.precision) * shares[operation.phase] * _head_share(share.shape))
-        if operation.kind == "convolution" and self.machine.device.curves:
-            result = self.program.tensors[operation.outputs[0]]
-            name = "correlation" if result.role == "gradient" else "convolution"
-            return self.machine.device.matmul_seconds(self.precision, _product_of(result, share.flops), name)
         if operation.kind in ("matmul", "convolution") and share.shape:
             return self.machine.device.matmul_seconds(self.precision, share.shape)
         if operation.kind in ("matmul", "convolution", "attention"):
@@ -301,15 +246,14 @@ class Pricing:
 
     def updated(self) -> dict[str, float]:
         """The optimiser's pass over the state of the fullest stage."""
-        total = 0.0
+        device, total = self.machine.device, 0.0
         for operation in self.program.operations:
             if operation.phase == "update":
                 share = self.shares.of(operation)
                 slots = [self.program.tensors[name] for name in operation.inputs if self.program.tensors[name].role == "slot"]
                 split = min((self.shares.stored_bytes(slot) / self.shares.local_bytes(slot) for slot in slots), default=1.0)
                 bytes_ = share.bytes * split * self.software.update_passes
-                far = self.far_seconds("update", bytes_) if self.machine.device.curves else bytes_ / self.rate
-                once = far + (0.0 if self.machine.device.curves else self.machine.device.operation_seconds)
+                once = self.measured.far_seconds("update", bytes_) if self.measured else bytes_ / self.rate + device.operation_seconds
                 total += once * self.copies(operation.count)
         return {"update": total}
 
@@ -416,12 +360,6 @@ class Pricing:
         block = [tensor for tensor in self.program.of_role("parameter") if tensor.count > 1 or self.blocks == 1]
         gathered = sum(self.shares.local_bytes(tensor) for tensor in block)
         return (3 if self.software.prefetch else 2) * gathered
-
-
-def _product_of(result: Tensor, flops: float) -> tuple[float, ...]:
-    """The product of matrices, (1, rows, inner, columns), that a convolution stands for, channels last."""
-    columns = result.shape[-1]
-    return 1, result.size // columns, max(1.0, flops / 2 / result.size), columns
 
 
 def _head_share(shape: tuple[float, ...]) -> float:
