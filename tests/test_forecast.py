@@ -54,6 +54,18 @@ def test_auto_spreads_what_is_worth_it(eight_devices, plans, capsys):
     assert "not in the plan" not in printed
 
 
+def test_auto_changes_no_numbers(monkeypatch, plans):
+    """Not even where products of bfloat16 are a thousand times as fast."""
+    machine = Machine.load("h100x8")
+    device = dataclasses.replace(
+        machine.device, peak_flops={"float32": 1e9, "bfloat16": 1e12}, memory_bytes_per_second=1e9, matmul=Matmul()
+    )
+    monkeypatch.setattr(forecast, "this_machine", lambda: dataclasses.replace(machine, device=device))
+    parafit.fit(network(256), *data(512), batch_size=256, verbose=0)
+    assert Plan.parse(plans[0]).device_count == 8
+    assert Plan.parse(plans[0]).precision == "float32"
+
+
 def test_auto_spreads_evaluation_and_prediction(eight_devices, plans):
     x, y = data(512)
     model = network(256)

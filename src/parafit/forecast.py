@@ -8,6 +8,7 @@ import jax
 
 from parafit import calibrate, residuals
 from parafit.adapt import Adapter, Step, remembered
+from parafit.candidates import SAME_NUMBERS
 from parafit.cost import price as price_of
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.plan import Plan
@@ -62,7 +63,7 @@ def best_plan(step: Step, program: Callable[[], Program]) -> Plan:
     if fits and machine.device_count == 1:
         return Plan()
     try:
-        ranking = search(traced, machine, allow=RUNS - refused_techniques(step))
+        ranking = search(traced, machine, allow=(RUNS & SAME_NUMBERS) - refused_techniques(step))
     except PlanError as error:
         raise PlanError(f"{error} plan='single' runs it on one device all the same, as far as its memory goes.") from error
     return Plan() if fits and alone.seconds < WORTH * ranking.best.cost.seconds else ranking.plan
