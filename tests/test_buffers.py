@@ -145,6 +145,7 @@ NETWORKS = {
     ),
     "sequences": lambda: classifier([layers.Conv1D(32, 5, activation="relu"), layers.GlobalMaxPooling1D()], 40, 8),
     "recurrent": lambda: classifier([layers.GRU(32)], 20, 8),
+    "dropout": lambda: classifier([layers.Dense(256, "relu"), layers.Dropout(0.5), layers.Dense(256, "gelu"), layers.Dropout(0.2)], 64),
     "wide": lambda: classifier([layers.Dense(256, "relu"), layers.Dense(256, "gelu"), layers.BatchNormalization()], 64),
     **ZOO,
 }

@@ -6,14 +6,14 @@ Read from the programs that XLA makes (JAX 0.10.2):
   is made from one array of its size alone: then they compute it again.
 - order: an operation runs as soon as what it reads is there, first come, first served, constants first, then in the order in which
   one comes to the operations from the results. So an update follows its gradient at once, and what the backward pass gathers from
-  inputs waits for it.
+  inputs waits for it. Where memory is to be saved, that or one result after the other, each with what it needs: what holds least.
 - in place: an operation on elements writes over an operand of its size that nothing else needs.
 - state is donated: new weights are written over the old ones. If the old ones are read by what need not have run before, they are copied
   at the start and read from the copy; until the new ones are written, their memory is free for others.
 - loops: what a loop carries, stacks or reads stays for as long as it runs, and what it stacks is zeros from the start of the step.
 """
 
-from collections import deque
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,19 +23,19 @@ from parafit.program import Buffer, Program
 from parafit.walk import Record, Value, Walk
 
 
-def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequence[Array]) -> tuple[Buffer, ...]:
+def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequence[Array], *, frugal: bool) -> tuple[Buffer, ...]:
     """The memory that a step needs beside its state.
 
     Args:
         walk: over the step as the compiler is given it, with phases, owners and places of results filled in.
         program: the same step, for the names of its dims.
         arrays, results: what the compiler makes of it (`arrays_of`).
+        frugal: whether the compiler orders the step so that little is held (`parafit.schedule.saves_memory`).
     """
     stored = _stored(arrays)
     kernels = {id(array): _kernel(array, stored) for array in arrays if array.record is not None and id(array) in stored}
     _set_paths(kernels.values())
     needs = _from_results(_needs(kernels), [kernels[id(array)] for array in results if id(array) in kernels])
-    _run(needs)
     names = {
         walk.dims.major(dim): name for value in walk.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
     }
@@ -47,7 +47,7 @@ def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequ
             first=held.first,
             last=held.last,
         )
-        for held in _Memory(kernels, needs).held
+        for held in min((_held(kernels, needs, order) for order in ((False, True) if frugal else (False,))), key=_most)
     )
 
 
@@ -204,8 +204,9 @@ def _from_results(needs: _Needs, results: Sequence[_Kernel]) -> _Needs:
     return {kernel: needs[kernel] for kernel in done}
 
 
-def _run(needs: _Needs) -> None:
-    """Give each kernel its moment."""
+def _run(needs: _Needs, in_sequence: bool) -> None:
+    """Give each kernel its moment: in the order of `needs`, or as soon as what it reads is there."""
+    places = {kernel: place for place, kernel in enumerate(needs)}
     inside: dict[_Kernel | None, list[_Kernel]] = {}
     readers: _Needs = {kernel: {} for kernel in needs}
     for kernel, read in needs.items():
@@ -215,9 +216,10 @@ def _run(needs: _Needs) -> None:
     waiting = {kernel: len(read) for kernel, read in needs.items()}
 
     def run(loop: _Kernel | None, moment: int) -> int:
-        ready = deque(sorted((kernel for kernel in inside.get(loop, ()) if not waiting[kernel]), key=lambda kernel: not kernel.is_constant))
+        ready = sorted((kernel for kernel in inside.get(loop, ()) if not waiting[kernel]), key=lambda kernel: not kernel.is_constant)
         while ready:
-            kernel = ready.popleft()
+            kernel = min(ready, key=places.__getitem__) if in_sequence else ready[0]
+            ready.remove(kernel)
             kernel.first, moment = moment, run(kernel, moment + 1)
             kernel.last = moment - 1
             for reader in readers[kernel]:
@@ -226,6 +228,17 @@ def _run(needs: _Needs) -> None:
         return moment
 
     run(None, 0)
+
+
+def _held(kernels: dict[int, _Kernel], needs: _Needs, in_sequence: bool) -> "list[_Held]":
+    _run(needs, in_sequence)
+    return _Memory(kernels, needs).held
+
+
+def _most(held: "list[_Held]") -> int:
+    """Bytes at the fullest moment."""
+    changes = sorted(change for each in held for change in ((each.first, each.bytes), (each.last + 1, -each.bytes)))
+    return max(itertools.accumulate((bytes_ for _, bytes_ in changes), initial=0))
 
 
 # Memory -------------------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from parafit import compat
 from parafit.adapt import State, Step, remembered
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
+from parafit.schedule import saves_memory
 from parafit.techniques import planned_function
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
@@ -45,12 +46,12 @@ class Chunk:
         fresh_tally: the tally before the first step.
     """
 
-    def __init__(self, lowered, logs, capacity: int, placement: Placement):
+    def __init__(self, lowered, options: dict[str, str], logs, capacity: int, placement: Placement):
         self.capacity = capacity
         # On the devices once and for all: an array that has to be brought there costs microseconds in every call.
         tally = Tally(np.int32(0), np.bool_(True), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logs))
         self.fresh_tally, self._one = jax.device_put((tally, np.int32(1)), placement.replicated)
-        self._compiling: Future = _COMPILERS.submit(lowered.compile)
+        self._compiling: Future = _COMPILERS.submit(lowered.compile, options)
 
     def __call__(self, fixed: list, state: State, tally: Tally, steps: int, arrays):
         return self._compiling.result()(fixed, state, tally, self._one if steps == 1 else np.int32(steps), arrays)
@@ -90,7 +91,7 @@ def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
     fixed, state, arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
-    run_step, outputs = _trace(step, fixed, state, batch, placement)
+    run_step, outputs, options = _trace(step, fixed, state, batch, placement)
     predicts = step.name == "predict"
     many = (
         _predict_many(run_step, outputs, capacity)
@@ -100,15 +101,18 @@ def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
     stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.owners, (fixed, state))]
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
-    return Chunk(program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), tally.logs, capacity, placement)
+    lowered = program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays)
+    return Chunk(lowered, options, tally.logs, capacity, placement)
 
 
-def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any]:
-    """The step as a function that no longer runs the model's Python code, and the shapes of its outputs."""
+def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any, dict[str, str]]:
+    """The step as a function that no longer runs the model's Python code, the shapes of its outputs, and options for the compiler."""
     traced, (outputs, new_state) = jax.make_jaxpr(planned_function(step, placement, batch), return_shape=True)(fixed, state, batch)
     if placement.plan.precision == "bfloat16":
         traced = in_bfloat16(traced)
+    options = {}
     if jax.default_backend() == "cpu":
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if saves_memory(traced) else {}
         traced = rewrite_jaxpr(traced)
     flat = compat.jaxpr_as_function(traced)
     structure = jax.tree.structure((outputs, new_state))
@@ -122,7 +126,7 @@ def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Calla
         new = jax.tree.map(lambda old, array: array.astype(old.dtype), state, tuple(new))
         return outputs, placement.constrain(placement.stored, owners[1], new)
 
-    return run_step, outputs
+    return run_step, outputs, options
 
 
 def _run_many(run_step: Callable, capacity: int, *, guarded: bool) -> Callable:

@@ -13,6 +13,7 @@ from parafit.copies import with_copies
 from parafit.describe import attribute, describe
 from parafit.errors import ModelError
 from parafit.program import Program
+from parafit.schedule import saves_memory
 from parafit.walk import Leaf, Walk
 
 
@@ -119,7 +120,7 @@ def trace(
     walk = Walk(lower(traced), list(named.values()), held)
     attribute(walk)
     arrays, returned = arrays_of(walk)
-    return replace(with_copies(program, walk, arrays), buffers=buffers(walk, program, arrays, returned))
+    return replace(with_copies(program, walk, arrays), buffers=buffers(walk, program, arrays, returned, frugal=saves_memory(traced)))
 
 
 def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
