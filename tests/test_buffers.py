@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import parafit
 from parafit.adapt import KerasModel
 from parafit.chunk import find_chunk
 from parafit.cost import price
@@ -196,3 +197,18 @@ def test_a_program_for_another_machine_knows_no_buffers():
     arguments = descent(chain), ([weights], shape(4, 8)), [*leaves, *tree_leaves(shape(4, 8), "input", "x")]
     assert not trace(*arguments, results=leaves).buffers
     assert trace(*arguments, results=leaves, lower=lambda traced: traced).buffers
+
+
+def test_the_order_that_holds_least_changes_no_value(monkeypatch):
+    def fitted(frugal):
+        monkeypatch.setattr("parafit.chunk.saves_memory", lambda traced: frugal)
+        keras.utils.set_random_seed(0)
+        model, x, y = NETWORKS["dropout"]()
+        _, step, block = traced(model, x, y)
+        peak = find_chunk(model, step, block, Placement(Plan())).peak_bytes
+        parafit.fit(model, np.random.default_rng(0).normal(size=x.shape), y, batch_size=32, epochs=2, verbose=0)
+        return peak, model.get_weights()
+
+    (least, weights), (most, others) = fitted(True), fitted(False)
+    assert least < most
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(weights, others, strict=True))
