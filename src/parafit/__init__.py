@@ -9,13 +9,14 @@ history = parafit.fit(model, x, y, batch_size=32, epochs=10, validation_split=0.
 labels = parafit.predict(model, x_new)
 ```
 
-Read `api.py` first. Importing parafit chooses Keras' JAX backend where none was chosen, and keeps compiled programs
-on disk so that a second start compiles nothing again; Keras and JAX themselves are imported when first needed.
+Read `api.py` first. Importing parafit chooses Keras' JAX backend where none was chosen, keeps compiled programs
+on disk so that a second start compiles nothing again, and lets all threads share one heap (`heap.py`); Keras and JAX themselves
+are imported when first needed.
 """
 
 import importlib
 
-from parafit import cluster, imports
+from parafit import cluster, heap, imports
 
 __version__ = "0.1.0"
 __all__ = ["Machine", "Plan", "errors", "evaluate", "explain", "find_plan", "fit", "predict"]
@@ -24,6 +25,7 @@ _HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "plan"}
 _HOMES |= {"find_plan": "planner", "explain": "compare", "Machine": "machine"}
 
 cluster.prepare()
+heap.use_one_arena()
 imports.defer_slow_parts_of_keras()
 
 

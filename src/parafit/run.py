@@ -16,10 +16,12 @@ import numpy as np
 from parafit.adapt import Adapter
 from parafit.data import Epoch, Feed
 from parafit.errors import NonFiniteLossError
+from parafit.heap import keeps_memory
 from parafit.mesh import Placement
 from parafit.progress import Pace, Progress
 
 
+@keeps_memory()
 def train(
     progress: Progress,
     feed: Feed,
@@ -66,6 +68,7 @@ def train(
             callbacks.on_train_end(logs)
 
 
+@keeps_memory()
 def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
     """The loss and metrics of the model on the feed's one epoch, by name."""
     model = adapter.model
@@ -85,6 +88,7 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
     return logs
 
 
+@keeps_memory()
 def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
     """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
     model = adapter.model

@@ -1,0 +1,57 @@
+"""Memory of one step is used again by the next."""
+
+import subprocess
+import sys
+
+import pytest
+
+from parafit import heap
+
+SCRIPT = """
+import resource
+import parafit, jax, keras, numpy as np
+keras.utils.set_random_seed(0)
+model = keras.Sequential([keras.Input((64, 64, 4)), keras.layers.Conv2D(32, 3, padding="same"), keras.layers.GlobalAveragePooling2D()])
+model.compile("sgd", "mse")
+x, y = np.ones((128, 64, 64, 4), np.float32), np.ones((128, 32), np.float32)
+faults = []
+class Count(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+parafit.fit(model, x, y, batch_size=128, epochs=6, verbose=0, plan="single", callbacks=[Count()])
+print(faults[-1] - faults[-3])
+"""
+
+
+@pytest.mark.skipif(heap._library() is None, reason="needs glibc")
+def test_a_step_takes_no_new_pages():
+    """Two steps of 64 MiB of activations each: without it, each maps more than 16,384 pages of 4 KiB."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8192
+
+
+def test_memory_is_given_back_after_the_last_run(monkeypatch):
+    calls = []
+
+    class Library:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+
+    monkeypatch.setattr(heap, "_library", Library)
+    with heap.keeps_memory():
+        kept = list(calls)
+        with heap.keeps_memory():
+            pass
+        assert calls == kept, "a run inside another changes nothing"
+    assert kept == [(heap._MMAP_MAX, 0), (heap._TRIM_THRESHOLD, heap._MOST)]
+    assert calls[2:] == [(heap._MMAP_MAX, 65536), (heap._TRIM_THRESHOLD, 1 << 26)]
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_left_alone(monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(heap, "_library", heap._library.__wrapped__)
+    assert heap._library() is None
+    heap.use_one_arena()
+    with heap.keeps_memory():
+        pass
