@@ -1,7 +1,8 @@
 """Predicted against measured: step time and peak memory of many small networks on this machine.
 
 `python -m benchmarks.predictions [--case TEXT] [--seconds 1] [--calibrate] [--memory-only] [--to FILE]`. Each case is traced and priced
-for one device of the calibrated machine, then fitted by `parafit.fit`; its step time is the median over short epochs, as probes are timed.
+for one device of the calibrated machine, then fitted by `parafit.fit`; its step time is the median over short epochs, as probes are timed,
+and of four such fits, minutes apart, the median: shared machines are slower for tens of seconds now and then.
 "corrected" is the prediction times the load that the fits before it met (`residuals.correction`), known before the fit. No case was
 used to choose a constant of time; what XLA stores was read from the compiled programs of about half of them (docs/cost.md).
 """
@@ -14,7 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,9 @@ from parafit.software import Software
 
 EPOCHS = 12
 """Epochs timed after one that is not; their median counts."""
+
+PASSES = 4
+"""Times that all cases are fitted, one after the other."""
 
 BLOCK_STEPS = 8
 """Batches of an epoch where only memory is asked for."""
@@ -189,8 +193,12 @@ def _batches(name: str, sizes: tuple[int, ...], make: Callable, *args, **options
 CASES = _cases()
 
 
-def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
-    """Predict a case, then fit it in `EPOCHS` epochs of about `seconds` together, after some that are not timed."""
+def score(case: Case, machine: Machine, seconds: float, load: float) -> tuple[Score, Callable[[], float]]:
+    """Predict a case, then fit it in `EPOCHS` epochs of about `seconds` together, after some that are not timed.
+
+    Returns:
+        Its score, and a function that fits it again and gives the seconds of a step.
+    """
     keras.utils.set_random_seed(0)
     model, classes = case.make()
     x, y = arrays_for(model, classes, case.batch * 8)
@@ -198,17 +206,19 @@ def score(case: Case, machine: Machine, seconds: float, load: float) -> Score:
     steps = max(1, min(20000, math.ceil(seconds / EPOCHS / trial)))
     x, y = arrays_for(model, classes, case.batch * steps)
     cost, predicted_bytes, compiled_bytes = _price(case, model, x, y, machine)
-    return Score(
+    fit = partial(typical_seconds, model, x, y, case.batch, EPOCHS + 1)
+    score = Score(
         name=case.name,
         batch=case.batch,
         predicted_seconds=cost.seconds,
         corrected_seconds=cost.seconds * load,
-        measured_seconds=typical_seconds(model, x, y, case.batch, EPOCHS + 1),
+        measured_seconds=fit(),
         predicted_bytes=predicted_bytes,
         measured_bytes=compiled_bytes(),
         times=cost.times,
         memory=cost.memory,
     )
+    return score, fit
 
 
 def weigh(case: Case, machine: Machine) -> float:
@@ -279,10 +289,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"memory     {_spread([weigh(case, machine) for case in cases])}")
         return
     scores: list[Score] = []
-    print(f"{'case':44} {'batch':>6} {'predicted':>11} {'corrected':>11} {'measured':>11} {'predicted':>11} {'measured':>11}")
+    fits: list[Callable[[], float]] = []
     for case in cases:
-        scores.append(score(case, machine, options.seconds, correction(map(_residual, scores))))
-        print(_line(scores[-1]), flush=True)
+        one, fit = score(case, machine, options.seconds, correction(map(_residual, scores)))
+        scores.append(one)
+        fits.append(fit)
+    rounds = [[each.measured_seconds for each in scores], *([fit() for fit in fits] for _ in range(PASSES - 1))]
+    scores = [replace(one, measured_seconds=statistics.median(times)) for one, times in zip(scores, zip(*rounds))]
+    print(f"{'case':44} {'batch':>6} {'predicted':>11} {'corrected':>11} {'measured':>11} {'predicted':>11} {'measured':>11}")
+    print("\n".join(map(_line, scores)))
     print(_summary(scores))
     if options.to:
         document = surroundings.describe() | {"machine_numbers": json.loads(machine.to_json()), "scores": [asdict(each) for each in scores]}
@@ -317,7 +332,7 @@ def _spread(errors: list[float]) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="", help="only cases whose name has this regular expression")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on the timed epochs of a case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on the timed epochs of a fit")
     parser.add_argument("--machine", default="", help="a preset or a machine's JSON file; default: this machine as it was calibrated")
     parser.add_argument("--calibrate", action="store_true", help="measure the machine first")
     parser.add_argument("--memory-only", action="store_true", help="compile each case, but run and time none")

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from parafit import calibrate, probes, residuals
-from parafit.cost import price
+from parafit.cost import Pricing, price
 from parafit.machine import Device
 from parafit.networks import named
 from parafit.plan import Plan
 from parafit.residuals import Residual, append, correction, load
+from parafit.software import Software
 from parafit.trace import trace_loss
 
 
@@ -33,7 +34,7 @@ def few_probes():
         yield from (probes._elementwise(size), probes._update(size), *probes._reductions(size), probes._slice(size))
         yield from (probes._function("exp", jax.numpy.exp, size), probes._arithmetic(size))
     yield from (probes._matmul("float64", 8, 8, 8), probes._batched("float32", 4, 4, 4))
-    yield from probes._convolutions(1, 4, 2, 2)
+    yield from (*probes._convolutions(1, 4, 2, 2, window=(3, 3)), *probes._convolutions(1, 4, 2, 2, window=(3,)))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_what_starting_operations_takes_grows_with_the_program(calibrated):
 
 
 def test_rows_of_a_near_table_come_faster():
-    curves = {"elementwise": ((1e3, 1e-7), (1e8, 1e-2)), "gather": ((1e3, 1e-7), (1e7, 1e-2))}
+    curves = {"elementwise": ((1e3, 1e-7), (1e8, 1e-2)), "gather": ((1e3, 1e-7), (1e7, 1e-2)), "gather_near": ((1e3, 1e-7), (1e7, 1e-3))}
     device = Device(name="", peak_flops={"float32": 1e9}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves=curves)
     machine = replace(calibrate.detect(), device=device)
 
@@ -146,11 +147,36 @@ def test_rows_of_a_near_table_come_faster():
 
 def test_probes_compute_what_they_say():
     probe = probes._matmul("float32", 3, 4, 5)
-    _, result = probe.body(probe.carry)
-    assert result.shape == (3, 5)
-    assert np.allclose(result, probe.carry[0][2][0].T @ probe.carry[0][2][1])
+    x, kernel = np.arange(12.0).reshape(3, 4), np.arange(20.0).reshape(4, 5)
+    found = probe.body((x, kernel))
+    for _ in range(2):
+        result = x @ kernel
+        x, kernel = result @ kernel.T, x.T @ result
+    assert all(np.allclose(ours, theirs) for ours, theirs in zip(found, (x, kernel)))
+    assert probe.runs == 6
     sizes = [probe.size for probe in probes.probes() if probe.kind == "elementwise"]
     assert sizes == sorted(sizes)
+
+
+def test_what_was_used_long_ago_is_waited_for():
+    """Layer after layer, forward and back: the first layer's result is read last, when much else has been touched."""
+    near, far = ((1e3, 1e-7), (1e5, 1e-5), (1e9, 1e-1)), ((1e3, 1e-7), (1e5, 1e-5), (2e6, 2e-4), (1e9, 1.0))
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = jax.numpy.tanh(x @ kernel)
+        return x.sum()
+
+    square = jax.ShapeDtypeStruct((256, 256), np.float32)
+
+    def waited(layers, curve):
+        program = trace_loss(loss, [square] * layers, jax.ShapeDtypeStruct((4096, 256), np.float32))
+        device = Device(name="", peak_flops={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves={"elementwise": curve})
+        pricing = Pricing(program, Plan(), replace(calibrate.detect(), device=device), Software())
+        return sum(pricing.measured.missing_seconds(operation, 1e6) for operation in program.operations)
+
+    assert waited(4, near) == pytest.approx(0.0, abs=1e-9), "memory that is as fast everywhere is never waited for"
+    assert 0 < waited(2, far) < waited(4, far) / 2, "more layers, and each of them from farther away"
 
 
 RESIDUAL = Residual(

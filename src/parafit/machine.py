@@ -17,6 +17,8 @@ from parafit.errors import MachineError
 PRESETS = Path(__file__).parent / "machines"
 
 _FORMAT = 1
+_SOFT, _STIFF = 0.3, 0.03
+"""Of the plane through measured rates: what is added to squared distances, so that one measurement does not decide alone; and to slopes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,15 +253,38 @@ class Machine:
 
 
 def _measured_rate(table, precision, rows, inner, columns) -> float:
-    """The rate at a shape from measured ones: the mean of near shapes, weighted by the inverse square of the logarithmic distance."""
-    weights, total = 0.0, 0.0
-    for known, *shape, rate in table:
-        if known == precision:
-            distance = sum(math.log2(wanted / have) ** 2 for wanted, have in zip((rows, inner, columns), shape))
-            if distance < 1e-9:
-                return rate
-            weights, total = weights + distance**-2, total + distance**-2 * math.log(rate)
-    return math.exp(total / weights) if weights else 0.0
+    """The rate at a shape from measured ones: a plane through the logarithms of those near by (locally weighted regression, Cleveland
+    1979), each weighted by the inverse sixth power of the logarithmic distance. What is larger than all of them is as fast as the largest.
+    """
+    known = [(tuple(map(math.log2, shape)), math.log(rate)) for name, *shape, rate in table if name == precision]
+    if not known:
+        return 0.0
+    most = [max(values) for values in zip(*(shape for shape, _ in known))]
+    wanted = [min(math.log2(size), limit) for size, limit in zip((rows, inner, columns), most)]
+    lines = []
+    for shape, value in known:
+        offset = [1.0, *(place - here for place, here in zip(shape, wanted))]
+        distance = sum(part**2 for part in offset[1:])
+        if distance < 1e-9:
+            return math.exp(value)
+        lines.append((offset, value, (distance + _SOFT) ** -3))
+    stiff = _STIFF * sum(weight for *_, weight in lines)
+    matrix = [
+        [sum(w * a[i] * a[j] for a, _, w in lines) + stiff * (i == j > 0) for j in range(4)] + [sum(w * a[i] * v for a, v, w in lines)]
+        for i in range(4)
+    ]
+    fastest = max(value for _, value in known)
+    return math.exp(min(fastest, _solved(matrix)[0]))
+
+
+def _solved(matrix: list[list[float]]) -> list[float]:
+    """The solution of linear equations, by elimination: the matrix is positive definite."""
+    size = len(matrix)
+    for column in range(size):
+        for row in (row for row in range(size) if row != column):
+            share = matrix[row][column] / matrix[column][column]
+            matrix[row] = [mine - share * other for mine, other in zip(matrix[row], matrix[column])]
+    return [row[-1] / row[place] for place, row in enumerate(matrix)]
 
 
 def _aligned(alignment, itemsize, lengths) -> float:

@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 
 from parafit.machine import Device
 from parafit.plan import Plan
 from parafit.program import Operation, Program, Tensor
 from parafit.shares import Share, Shares
+
+_NEAR_BYTES = 1 << 20
+"""What a core has near by: the rate at which less is moved says more about starting than about memory."""
 
 
 class Measured:
@@ -26,14 +30,15 @@ class Measured:
         self.precision, self.reach_bytes = precision, reach_bytes
 
     def operation_seconds(self, operation: Operation, share: Share) -> float:
-        """One run of an operation."""
+        """One run of an operation: as it was measured with its arrays near by, and what it waits for those that are not."""
         if operation.kind == "loop":
             return self.device.loop_seconds
-        if operation.kind in ("matmul", "convolution", "attention"):
-            return max(self.product_seconds(operation, share), self.far_seconds("elementwise", self.weight_bytes(operation)))
         if operation.kind == "gather":
             return self.gathering_seconds(operation, share.bytes)
-        return max(self.device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share))
+        missing = self.missing_seconds(operation, share.bytes)
+        if operation.kind in ("matmul", "convolution", "attention"):
+            return self.product_seconds(operation, share) + missing
+        return max(self.device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share)) + missing
 
     def product_seconds(self, operation: Operation, share: Share) -> float:
         """A product, by the measured rates of its form; attention that is one operation at the best rate."""
@@ -45,10 +50,43 @@ class Measured:
             return self.device.matmul_seconds(self.precision, share.shape)
         return share.flops / self.device.peak(self.precision)
 
-    def weight_bytes(self, operation: Operation) -> float:
-        """Of the parameters that it reads, each once a step."""
-        read = [self.program.tensors[name] for name in operation.inputs if operation.steps == 1]
-        return sum(self.shares.local_bytes(tensor) for tensor in read if tensor.role == "parameter")
+    def missing_seconds(self, operation: Operation, bytes_: float) -> float:
+        """What it waits for arrays that were last touched so long ago that nearer memory has lost them, beyond the rate at which an
+        operation of its size works."""
+        near = self.byte_seconds(bytes_)
+        return sum(moved * max(0.0, self.byte_seconds(distance) - near) for moved, distance in self.distances.get(id(operation), ()))
+
+    def byte_seconds(self, reach: float) -> float:
+        """Seconds a byte from as far as so many others reach: a probe moves three arrays, of which it has two."""
+        moved = 1.5 * max(reach, _NEAR_BYTES)
+        return self.device.curve_seconds("elementwise", moved) / moved
+
+    @cached_property
+    def distances(self) -> dict[int, list[tuple[float, float]]]:
+        """(bytes moved, distance) of the arrays that each operation, by `id`, reads and writes.
+
+        The distance of a read is what the step touches between the array's last use and this one (the reuse distance of Mattson et al.
+        1970, what is touched twice counted twice, at most all that the step touches). New memory comes from as far as it is kept: what
+        is read soon lies where something else has just been. A write takes two movements, for the processor fetches what it overwrites.
+        """
+        operations = [operation for operation in self.program.operations if operation.steps == 1]
+        clock, used, written = 0.0, dict[str, float](), dict[str, float]()
+        kept: dict[str, float] = {}
+        found: dict[int, list[tuple[float, float]]] = {}
+        for _ in range(2):  # parameters were last used in the step before
+            for operation in operations:
+                sizes = {name: self.shares.local_bytes(self.program.tensors[name]) for name in (*operation.inputs, *operation.outputs)}
+                found[id(operation)] = [(sizes[name], clock - used.get(name, clock)) for name in operation.inputs]
+                kept |= {name: clock - written[name] for name in operation.inputs if name in written}
+                clock += operation.count * sum(sizes.values())
+                used |= dict.fromkeys(sizes, clock)
+                written |= dict.fromkeys(operation.outputs, clock)
+        for operation in operations:
+            found[id(operation)] += [
+                (2 * self.shares.local_bytes(self.program.tensors[name]), kept[name]) for name in operation.outputs if name in kept
+            ]
+        whole = self.reach_bytes()
+        return {key: [(moved, min(distance, whole)) for moved, distance in each] for key, each in found.items()}
 
     def evaluating_seconds(self, operation: Operation, share: Share) -> float:
         """Its arithmetic and its functions, from probes of arrays of float32 that do nothing else."""
@@ -59,9 +97,12 @@ class Measured:
         return sum(self.device.curve_seconds(kind, count * part) for kind, count in counts.items() if count)
 
     def gathering_seconds(self, operation: Operation, bytes_: float) -> float:
-        """Rows come from as far as their table reaches: at the rate of a probe with this table, which is twice what a probe moves."""
+        """Rows of a small table, and how much longer those of one that reaches as far as this one take: a probe with a table of this
+        size moves half as much."""
         reach = max(self.shares.local_bytes(self.program.tensors[operation.inputs[0]]) / 2, 1.0)
-        return self.device.curve_seconds("gather", reach) * bytes_ / reach
+        near = "gather_near" if "gather_near" in self.device.curves else "gather"
+        slower = self.device.curve_seconds("gather", reach) / self.device.curve_seconds(near, reach)
+        return self.device.curve_seconds(near, bytes_) * max(1.0, slower)
 
     def far_seconds(self, kind: str, bytes_: float) -> float:
         """Bytes that were last touched a whole step ago."""

@@ -81,30 +81,27 @@ def probes() -> Iterable[Probe]:
     yield from (*map(_network, NETWORKS), _turn(), _matmul("float32", 256, 256, 256))
     for exponent in (10, 14, 17, 20, 22, 24, 25, 26):
         yield from (_elementwise(2**exponent), _update(2**exponent))
-    for rows, inner, columns in itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024)):
+    yield from (_elementwise(2**27), _elementwise(2**28))
+    corners = itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024))
+    for rows, inner, columns in itertools.chain(corners, itertools.product((32, 128, 512), repeat=3)):
         if rows * inner * columns < 2**30 and (rows, inner, columns) != (256, 256, 256):
             yield _matmul("float32", rows, inner, columns)
     for precision, side in itertools.product(("float64", "bfloat16"), (64, 256)):
         yield _matmul(precision, side, side, side)
-    for exponent in (12, 16, 20, 23):
+    for exponent in (8, 12, 16, 20, 23):
         yield from (_function("exp", lambda x: jnp.exp(x - 1), 2**exponent), _function("tanh", jnp.tanh, 2**exponent))
         yield from (_function("div", lambda x: 0.5 / (x + 0.5), 2**exponent), _arithmetic(2**exponent))
     for exponent in (10, 15, 19, 23):
         yield from (*_reductions(2**exponent), _move(2**exponent), _slice(2**exponent))
-    for images in (
-        (32, 16, 1, 32),
-        (16, 32, 3, 8),
-        (32, 16, 8, 16),
-        (32, 16, 16, 32),
-        (128, 16, 32, 32),
-        (32, 8, 64, 64),
-        (128, 32, 3, 16),
-    ):
-        yield from _convolutions(*images)
+    for images in _IMAGES:
+        yield from _convolutions(*images, window=(3, 3))
+    for sequences in _SEQUENCES:
+        yield from _convolutions(*sequences, window=(5,))
     for shape in ((32, 16, 32), (64, 16, 64), (64, 64, 16), (128, 16, 128), (128, 128, 32)):
         yield _batched("float32", *shape)
     for exponent in (12, 17, 22):
-        yield from (_random(2**exponent), _gather(2**exponent), _scatter(2**exponent), _sort(2**exponent))
+        yield from (_random(2**exponent), _gather(2**exponent, "gather", 4 * _rows(2**exponent / 2)), _scatter(2**exponent))
+        yield from (_gather(2**exponent, "gather_near", 64), _sort(2**exponent))
 
 
 def _numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
@@ -263,8 +260,8 @@ def _places(rows: int, of: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, of, rows, dtype=np.int32)
 
 
-def _gather(bytes_: int) -> Probe:
-    """Rows of 64 numbers, taken from four times as many."""
+def _gather(bytes_: int, kind: str, of: int) -> Probe:
+    """Rows of 64 numbers, taken from so many."""
     rows = _rows(bytes_ / 2)
 
     def body(carry):
@@ -272,8 +269,8 @@ def _gather(bytes_: int) -> Probe:
         taken = _apart(jnp.take(table, places, axis=0, mode="clip"))
         return _apart((table, places + taken[0, 0].astype(jnp.int32), taken))
 
-    carry = (np.zeros((4 * rows, 64), np.float32), _places(rows, 4 * rows), _numbers(rows, 64))
-    return Probe(part="curve", kind="gather", size=2 * rows * 256 + 4 * rows, body=body, carry=carry)
+    carry = (np.zeros((of, 64), np.float32), _places(rows, of), _numbers(rows, 64))
+    return Probe(part="curve", kind=kind, size=2 * rows * 256 + 4 * rows, body=body, carry=carry)
 
 
 def _scatter(bytes_: int) -> Probe:
@@ -293,23 +290,23 @@ def _sort(bytes_: int) -> Probe:
     return Probe(part="curve", kind="sort", size=2 * x.nbytes, body=lambda c: _apart((lax.sort(c[0] * -1.0),)), carry=(x,))
 
 
-_LAYOUTS = ((((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ())))
-
-
 def _matmul(precision: str, rows: int, inner: int, columns: int) -> Probe:
-    """A product in the three layouts of a dense layer's training: forward, gradient of the input, gradient of the kernel."""
-    shapes = (((rows, inner), (inner, columns)), ((rows, inner), (columns, inner)), ((inner, rows), (inner, columns)))
+    """The three products of a dense layer's training as JAX differentiates it: forward, gradient of the input, gradient of the kernel."""
 
     def body(carry):
-        operands, result = carry
-        new = []
-        for (left, right), numbers in zip(operands, _LAYOUTS):
-            result = _apart(lax.dot_general(left, right, numbers))
-            new.append((lax.dynamic_update_slice(left, result[:1, :1], (0, 0)), right))
-        return _apart((tuple(new), result))
+        for _ in range(2):  # the second writes over what only the first reads: nothing is copied
+            result, gradients = jax.vjp(jnp.matmul, *carry)
+            carry = _apart(gradients(_apart(result)))
+        return carry
 
-    carry = tuple(tuple(_numbers(*shape, dtype=precision) for shape in pair) for pair in shapes), _numbers(rows, columns, dtype=precision)
-    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=carry, runs=3)
+    zeros = np.zeros((rows, inner), jnp.dtype(precision)), np.zeros((inner, columns), jnp.dtype(precision))  # which stay zeros
+    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=zeros, runs=6)
+
+
+def _nudged(array: jax.Array, by: jax.Array) -> jax.Array:
+    """The array, its first number made to depend on `by`, so that `by` must be computed."""
+    first = (slice(1),) * array.ndim
+    return lax.dynamic_update_slice(array, by[first] * 0.0 + array[first], (0,) * array.ndim)
 
 
 def _batched(precision: str, rows: int, inner: int, columns: int) -> Probe:
@@ -325,29 +322,39 @@ def _batched(precision: str, rows: int, inner: int, columns: int) -> Probe:
     return Probe(part="matmul", kind=f"{precision} batched", size=(rows, inner, columns), body=body, carry=carry, runs=count)
 
 
-def _convolutions(count: int, side: int, channels: int, filters: int) -> Iterable[Probe]:
-    """A convolution by windows of 3 × 3 and its two gradients, by the products of matrices that they stand for."""
-    images, kernel, result = _numbers(count, side, side, channels), _numbers(3, 3, channels, filters), _numbers(count, side, side, filters)
+_IMAGES = (
+    *((32, 16, 1, 32), (16, 32, 3, 8), (32, 16, 8, 16), (32, 16, 16, 32), (128, 16, 32, 32), (32, 8, 64, 64), (128, 32, 3, 16)),
+    *((48, 40, 1, 16), (64, 40, 3, 8), (24, 24, 4, 64), (48, 24, 12, 12), (96, 12, 24, 48), (16, 12, 48, 96)),
+)
+_SEQUENCES = ((32, 64, 8, 32), (32, 64, 64, 64), (128, 48, 24, 48), (64, 128, 48, 96))
+"""Batches of images (number, side, channels, filters) and of sequences (number, length, channels, filters) to convolve."""
+
+
+def _convolutions(count: int, side: int, channels: int, filters: int, window: tuple[int, ...]) -> Iterable[Probe]:
+    """A convolution and its two gradients, by the products of matrices that they stand for."""
+    places = (side,) * len(window)
+    images, kernel, result = _numbers(count, *places, channels), _numbers(*window, channels, filters), _numbers(count, *places, filters)
+    dims = ("NHWC", "HWIO", "NHWC") if len(window) == 2 else ("NHC", "HIO", "NHC")
 
     def convolve(images, kernel):
-        return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(images, kernel, (1,) * len(window), "SAME", dimension_numbers=dims)
 
     def forward(carry):
         images, kernel, _ = carry
         result = _apart(convolve(images, kernel))
-        return _apart((lax.dynamic_update_slice(images, result[:1, :1, :1, :1], (0, 0, 0, 0)), kernel, result))
+        return _apart((_nudged(images, result), kernel, result))
 
     def image_gradient(carry):
         images, kernel, result = carry
         images = _apart(jax.vjp(lambda images: convolve(images, kernel), images)[1](result)[0])
-        return _apart((images, kernel, lax.dynamic_update_slice(result, images[:1, :1, :1, :1], (0, 0, 0, 0))))
+        return _apart((images, kernel, _nudged(result, images)))
 
     def kernel_gradient(carry):
         images, kernel, result = carry
         kernel = _apart(jax.vjp(lambda kernel: convolve(images, kernel), kernel)[1](result)[0])
-        return _apart((images, kernel, lax.dynamic_update_slice(result, kernel[:1, :1, :1, :1], (0, 0, 0, 0))))
+        return _apart((images, kernel, _nudged(result, kernel)))
 
-    places = count * side * side
-    shapes = (places, 9 * channels, filters), (places, 9 * filters, channels), (9 * channels, places, filters)
+    spots, taps = count * side ** len(window), math.prod(window)
+    shapes = (spots, taps * channels, filters), (spots, taps * filters, channels), (taps * channels, spots, filters)
     for body, shape, kind in zip((forward, image_gradient, kernel_gradient), shapes, ("convolution", "convolution", "correlation")):
         yield Probe(part="matmul", kind=f"float32 {kind}", size=shape, body=body, carry=(images, kernel, result))
