@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ class Matmul:
     fill: float = 0.0
     alignment: tuple[tuple[float, ...], ...] = ()
     table: tuple[tuple[Any, ...], ...] = ()
+
+    @cached_property
+    def _rates(self) -> dict[tuple, float]:
+        return {}
+
+    def rate(self, name: str, rows: float, inner: float, columns: float) -> float:
+        """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often."""
+        asked = name, rows, inner, columns
+        if asked not in self._rates:
+            self._rates[asked] = _measured_rate(self.table, *asked)
+        return self._rates[asked]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +128,7 @@ class Device:
         """
         batches, rows, inner, columns = shape
         names = f"{precision} {form or ('batched' if batches > 1 else '')}", precision
-        if rate := next(filter(None, (_measured_rate(self.matmul.table, name, rows, inner, columns) for name in names)), 0.0):
+        if rate := next(filter(None, (self.matmul.rate(name, rows, inner, columns) for name in names)), 0.0):
             return 2 * batches * rows * inner * columns / rate
         best = self.matmul.best.get(precision, 1.0) * self.peak(precision)
         aligned = _aligned(self.matmul.alignment, ITEMSIZE[precision], (inner, columns))
