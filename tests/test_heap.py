@@ -18,17 +18,16 @@ faults = []
 class Count(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-parafit.fit(model, x, y, batch_size=128, epochs=6, verbose=0, plan="single", callbacks=[Count()])
-print(faults[-1] - faults[-3])
+parafit.fit(model, x, y, batch_size=128, epochs=12, verbose=0, plan="single", callbacks=[Count()])
+print(int(np.median(np.diff(faults))))
 """
 
 
-@pytest.mark.slow  # alone, it holds; beside a whole suite it once did not, for a reason not found yet
 @pytest.mark.skipif(heap._library() is None, reason="needs glibc")
 def test_a_step_takes_no_new_pages():
-    """Two steps of 64 MiB of activations each: without it, each maps more than 16,384 pages of 4 KiB."""
+    """Steps of 64 MiB of activations: without it, each maps more than 16,384 pages of 4 KiB. The heap may still grow once or twice."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 8192
+    assert int(done.stdout) < 4096
 
 
 def test_memory_is_given_back_after_the_last_run(monkeypatch):
