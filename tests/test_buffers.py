@@ -201,7 +201,7 @@ def test_a_program_for_another_machine_knows_no_buffers():
 
 def test_the_order_that_holds_least_changes_no_value(monkeypatch):
     def fitted(frugal):
-        monkeypatch.setattr("parafit.chunk.saves_memory", lambda traced: frugal)
+        monkeypatch.setattr("parafit.schedule.saves_memory", lambda traced: frugal)
         keras.utils.set_random_seed(0)
         model, x, y = NETWORKS["dropout"]()
         _, step, block = traced(model, x, y)

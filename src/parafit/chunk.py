@@ -13,7 +13,7 @@ from parafit import compat
 from parafit.adapt import State, Step, remembered
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
-from parafit.schedule import saves_memory
+from parafit.schedule import compiler_options
 from parafit.techniques import planned_function
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
@@ -112,7 +112,7 @@ def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Calla
         traced = in_bfloat16(traced)
     options = {}
     if jax.default_backend() == "cpu":
-        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if saves_memory(traced) else {}
+        options = compiler_options(traced)
         traced = rewrite_jaxpr(traced)
     flat = compat.jaxpr_as_function(traced)
     structure = jax.tree.structure((outputs, new_state))

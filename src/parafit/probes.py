@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from parafit.rewrite import rewrite
+from parafit.schedule import compiler_options
 
 _BURST_SECONDS = 4e-3
 
@@ -55,6 +56,7 @@ class Probe:
 
     def compile(self) -> None:
         """Make the loop."""
+        options = compiler_options(jax.make_jaxpr(self.body)(self.carry))
         body = rewrite(self.body)
 
         def loop(carry, count):
@@ -62,7 +64,7 @@ class Probe:
 
         with jax.enable_x64(self.kind == "float64"):  # whatever this process computes in
             self.carry = jax.device_put(self.carry)
-            self._loop = jax.jit(loop, donate_argnums=0).lower(self.carry, np.int32(1)).compile()
+            self._loop = jax.jit(loop, donate_argnums=0).lower(self.carry, np.int32(1)).compile(compiler_options=options)
 
     def time(self) -> None:
         """Run the loop for a few milliseconds, once one turn has brought its arrays as near as a step of training finds them."""

@@ -1,9 +1,31 @@
-"""In which order XLA:CPU is to lay out a step: so that much runs side by side, or so that little is held at a time."""
+"""What XLA:CPU is asked for beside the program: the order of a step, and which library runs its convolutions."""
 
 from collections.abc import Iterator
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def compiler_options(closed: ClosedJaxpr) -> dict[str, str]:
+    """Options to compile a step with.
+
+    XLA:CPU gives convolutions to a library that runs each on one thread (JAX 0.10.2); without it they use all. With 3×3 windows and 32 to
+    128 channels that is 1.5 to 5 times as fast on 2 cores of an AMD EPYC.
+
+    Args:
+        closed: a step, as traced.
+
+    >>> compiler_options(jax.make_jaxpr(lambda x: x + 1)(1.0))
+    {}
+    """
+    convolves = "conv_general_dilated" in set(_primitives(closed.jaxpr))
+    threads = {"xla_cpu_experimental_ynn_fusion_type": ",".join(_FUSIONS)} if convolves else {}
+    order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if saves_memory(closed) else {}
+    return threads | order
+
+
+_FUSIONS = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_REDUCE", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+"""All that XLA gives to the library by itself, but for convolutions."""
 
 
 def saves_memory(closed: ClosedJaxpr) -> bool:

@@ -79,20 +79,26 @@ def _spread(gradient, chosen, shape, window, strides, padding):
 
 
 def choose_pool(equation: JaxprEqn) -> Callable | None:
-    """A maximum or sum over windows that overlap, as one over shifted copies; of windows side by side XLA's own form is faster."""
+    """A maximum or sum over windows, as one over shifted copies: what comes before, a ReLU say, then needs no pass of its own.
+
+    XLA's own form stays where it is faster: large or padded windows side by side, and sums of few shifts by one.
+    """
     params, operand = equation.params, equation.invars[0].aval
     window, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
     dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
     join, start = _JOINS[equation.primitive.name]
-    spared = tuple(window) == tuple(strides) or (join is jnp.add and math.prod(strides) == 1 and math.prod(window) <= 4)
-    if dilated or spared or not 1 < math.prod(window) <= MOST_OFFSETS or not jnp.issubdtype(operand.dtype, jnp.floating):
+    padded, size = any(map(any, padding)), math.prod(window)
+    tiled = tuple(window) == tuple(strides)
+    spared = (size > 9 or padded) if tiled else join is jnp.add and math.prod(strides) == 1 and size <= 4
+    if dilated or spared or not 1 < size <= MOST_OFFSETS or not jnp.issubdtype(operand.dtype, jnp.floating):
         return None
     shape = equation.outvars[0].aval.shape
 
     def form(images):
-        padded = lax.optimization_barrier(lax.pad(images, jnp.asarray(start, images.dtype), [(low, high, 0) for low, high in padding]))
+        if padded:
+            images = lax.optimization_barrier(lax.pad(images, jnp.asarray(start, images.dtype), [(low, high, 0) for low, high in padding]))
         return functools.reduce(
-            join, (strided(padded, starts, shape, strides, first=0) for starts in itertools.product(*map(range, window)))
+            join, (strided(images, starts, shape, strides, first=0) for starts in itertools.product(*map(range, window)))
         )
 
     return form
