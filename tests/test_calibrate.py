@@ -179,6 +179,28 @@ def test_what_was_used_long_ago_is_waited_for():
     assert 0 < waited(2, far) < waited(4, far) / 2, "more layers, and each of them from farther away"
 
 
+def test_slices_that_a_loop_stores_are_copies_and_come_from_afar_where_much_is_touched():
+    def loss(kernel, xs):
+        return jax.lax.scan(lambda hidden, x: (jax.numpy.tanh(x + hidden @ kernel), None), xs[0], xs)[0].sum()
+
+    def seconds(steps, far):
+        shapes = jax.ShapeDtypeStruct((64, 64), np.float32), jax.ShapeDtypeStruct((steps, 128, 64), np.float32)
+        program = trace_loss(loss, *shapes)
+        flat = ((1e3, 1e-9), (1e9, 1e-3))
+        curves = {"elementwise": flat, "stack_near": ((1e3, 1e-6), (1e5, 1e-6)), "stack": ((1e3, far), (1e5, far))}
+        device = Device(name="", peak_flops={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves=curves)
+        measured = Pricing(program, Plan(), replace(calibrate.detect(), device=device), Software()).measured
+        found = ((operation, measured.shares.of(operation).bytes) for operation in program.operations)
+        return sum(operation.steps * measured.stacking_seconds(operation, bytes_) for operation, bytes_ in found)
+
+    stored = seconds(50, far=1e-6)
+    copies = stored / 50e-6
+    assert copies >= 1
+    assert copies == pytest.approx(round(copies)), "one at every step for each array that is stored"
+    assert seconds(50, far=5e-6) > stored
+    assert seconds(5, far=5e-6) == pytest.approx(seconds(5, far=1e-6)), "few steps touch little"
+
+
 RESIDUAL = Residual(
     machine="m",
     model="net",

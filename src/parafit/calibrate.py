@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -248,15 +249,15 @@ def reduction_seconds(size: int, bytes_: int) -> float:
 
 
 def feed_rate() -> float:
-    """Bytes per second at which rows of an array are gathered into a block on the host."""
-    table, target = np.ones((4096, 784), np.float32), np.ones((1024, 784), np.float32)
-    rows = np.random.default_rng(0).integers(0, 4096, 1024, dtype=np.int32)
-    fastest = math.inf
-    for _ in range(20):
+    """Bytes per second at which rows of an array that no cache holds are gathered into a block on the host."""
+    table, target = np.ones((2**15, 784), np.float32), np.ones((1024, 784), np.float32)
+    random, taken = np.random.default_rng(0), []
+    for _ in range(9):
+        rows = random.integers(0, len(table), len(target), dtype=np.int32)
         started = time.perf_counter()
         np.take(table, rows, axis=0, out=target, mode="clip")
-        fastest = min(fastest, time.perf_counter() - started)
-    return target.nbytes / fastest
+        taken.append(time.perf_counter() - started)
+    return target.nbytes / statistics.median(taken)
 
 
 def _measure(probes: list[Probe], ends: float) -> list[Probe]:

@@ -13,7 +13,7 @@ from parafit import compat
 from parafit.adapt import State, Step, remembered
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
-from parafit.schedule import compiler_options
+from parafit.schedule import CompilerOptions, compiler_options
 from parafit.techniques import planned_function
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
@@ -46,7 +46,7 @@ class Chunk:
         fresh_tally: the tally before the first step.
     """
 
-    def __init__(self, lowered, options: dict[str, str], logs, capacity: int, placement: Placement):
+    def __init__(self, lowered, options: CompilerOptions, logs, capacity: int, placement: Placement):
         self.capacity = capacity
         # On the devices once and for all: an array that has to be brought there costs microseconds in every call.
         tally = Tally(np.int32(0), np.bool_(True), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logs))
@@ -105,12 +105,12 @@ def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
     return Chunk(lowered, options, tally.logs, capacity, placement)
 
 
-def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any, dict[str, str]]:
+def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any, CompilerOptions]:
     """The step as a function that no longer runs the model's Python code, the shapes of its outputs, and options for the compiler."""
     traced, (outputs, new_state) = jax.make_jaxpr(planned_function(step, placement, batch), return_shape=True)(fixed, state, batch)
     if placement.plan.precision == "bfloat16":
         traced = in_bfloat16(traced)
-    options = {}
+    options: CompilerOptions = {}
     if jax.default_backend() == "cpu":
         options = compiler_options(traced)
         traced = rewrite_jaxpr(traced)

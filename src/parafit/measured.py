@@ -1,5 +1,6 @@
 """What operations take on a calibrated device: between what was measured of it. Plain Python."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -11,6 +12,10 @@ from parafit.shares import Share, Shares
 
 _NEAR_BYTES = 1 << 20
 """What a core has near by: the rate at which less is moved says more about starting than about memory."""
+
+
+NEAR_STACK_BYTES, FAR_STACK_BYTES = 2**22, 2**25
+"""What the probes of stacks, arrays that loops fill slice by slice, hold in all."""
 
 
 class Measured:
@@ -35,10 +40,29 @@ class Measured:
             return self.device.loop_seconds
         if operation.kind == "gather":
             return self.gathering_seconds(operation, share.bytes)
-        missing = self.missing_seconds(operation, share.bytes)
+        missing = self.missing_seconds(operation, share.bytes) + self.stacking_seconds(operation, share.bytes)
         if operation.kind in ("matmul", "convolution", "attention"):
             return self.product_seconds(operation, share) + missing
         return max(self.device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share)) + missing
+
+    def stacking_seconds(self, operation: Operation, bytes_: float) -> float:
+        """Slices of arrays that hold something of all steps of a loop: each that is written is a copy of its own, and of each that is
+        read what it waits for, if all that the step touches lies far."""
+        if operation.steps == 1 or "stack" not in self.device.curves:
+            return 0.0
+        seconds = 0.0
+        for names, written in ((operation.inputs, False), (operation.outputs, True)):
+            for name in names:
+                whole = self.shares.local_bytes(self.program.tensors[name])
+                if whole > bytes_:  # more than an operation touches at one step
+                    near, far = (self.device.curve_seconds(kind, 2 * whole / operation.steps) for kind in ("stack_near", "stack"))
+                    seconds += written * near + max(0.0, far - near) * self.farness
+        return seconds
+
+    @cached_property
+    def farness(self) -> float:
+        """0 for steps that touch as little as the probes of stacks near by, 1 for those that touch as much as those of far ones."""
+        return min(1.0, max(0.0, math.log(max(self.reach_bytes(), 1.0) / NEAR_STACK_BYTES, FAR_STACK_BYTES / NEAR_STACK_BYTES)))
 
     def product_seconds(self, operation: Operation, share: Share) -> float:
         """A product, by the measured rates of its form; attention that is one operation at the best rate."""

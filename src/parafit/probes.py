@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from parafit.measured import FAR_STACK_BYTES, NEAR_STACK_BYTES
 from parafit.rewrite import rewrite
 from parafit.schedule import compiler_options
 
@@ -95,6 +96,8 @@ def probes() -> Iterable[Probe]:
         yield from (_function("div", lambda x: 0.5 / (x + 0.5), 2**exponent), _arithmetic(2**exponent))
     for exponent in (10, 15, 19, 23):
         yield from (*_reductions(2**exponent), _move(2**exponent), _slice(2**exponent))
+    for exponent in (12, 16, 20):
+        yield from (_stack(2**exponent, "stack_near", NEAR_STACK_BYTES), _stack(2**exponent, "stack", FAR_STACK_BYTES))
     for images in _IMAGES:
         yield from _convolutions(*images, window=(3, 3))
     for sequences in _SEQUENCES:
@@ -245,6 +248,18 @@ def _slice(bytes_: int) -> Probe:
         return _apart((block, (index + 1) % 8, _apart(lax.dynamic_index_in_dim(block, index, keepdims=False))))
 
     return Probe(part="curve", kind="slice", size=2 * x[0].nbytes, body=body, carry=(x, np.int32(0), x[0]))
+
+
+def _stack(bytes_: int, kind: str, whole: int) -> Probe:
+    """What a step of a loop adds to an array of so many bytes that holds something of all steps."""
+    x = _numbers(_rows(bytes_ / 2), 64)
+    stack = _numbers(whole // x.nbytes, *x.shape)
+
+    def body(carry):
+        stack, index, x = carry
+        return _apart((lax.dynamic_update_index_in_dim(stack, x, index, 0), (index + 1) % len(stack), x))
+
+    return Probe(part="curve", kind=kind, size=2 * x.nbytes, body=body, carry=(stack, np.int32(0), x))
 
 
 def _random(bytes_: int) -> Probe:
