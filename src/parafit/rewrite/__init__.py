@@ -1,8 +1,9 @@
 """Puts the operations that XLA:CPU runs badly, above all inside loops, into forms that it runs well.
 
 A chunk of training steps is one loop, and XLA:CPU's own clean-up of convolutions visits a program's outermost computation only. Other
-operations are slow everywhere: kernel gradients of dense layers over more than two dimensions, pooling and its gradients, depthwise
-and grouped convolutions, random bits, `top_k` of few candidates, bfloat16 products. Thresholds are measured (JAX 0.10.2, Zen 5, 2 cores).
+operations are slow everywhere: kernel gradients of dense layers over more than two dimensions, pooling and its gradients, convolutions of
+few channels, strided, depthwise and grouped ones, random bits, `top_k` of few candidates, bfloat16 products. Thresholds are measured
+(JAX 0.10.2, 2 cores of a Zen 4 or a Zen 5).
 The first pass exchanges each such equation of a traced step for one equation that calls a function of plain, fast operations. Every other
 equation is kept as the very object it was, with its names, effects and sharding constraints.
 
