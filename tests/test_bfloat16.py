@@ -24,7 +24,7 @@ a step of 2⁻⁸, but hardly any do; weights in float32 are further away than t
 def network(rate=1e-3):
     """A network with every kind of product: a convolution, a loop, attention, dense layers."""
     keras.utils.set_random_seed(3)
-    image = keras.Input((8, 6))
+    image = keras.Input((8, 9))
     hidden = layers.LSTM(8, return_sequences=True)(layers.Conv1D(8, 3, padding="same")(image))
     hidden = layers.Add()([hidden, layers.MultiHeadAttention(2, 4)(hidden, hidden)])
     outputs = layers.Dense(4, "softmax")(layers.Dense(16, "relu")(layers.Flatten()(hidden)))
@@ -35,7 +35,7 @@ def network(rate=1e-3):
 
 def data(rows=64):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(rows, 8, 6)).astype("float32")
+    x = rng.normal(size=(rows, 8, 9)).astype("float32")
     return x, (x[:, :4].sum(axis=2)).argmax(axis=1)
 
 
