@@ -128,7 +128,7 @@ _SELECTION = Behaviour(kind="elementwise", rule=ties.elementwise, flops=_none, f
 _ALIAS = Behaviour(kind="move", rule=ties.identity, flops=_none, fuses=True, alias=True)
 _REDUCTION = Behaviour(kind="reduction", rule=ties.reduce, flops=_per_operand, absorbs=True)
 _ODD_REDUCTION = Behaviour(kind="reduction", rule=ties.reduce_oddly, flops=_per_operand, absorbs=True)
-_WINDOW = Behaviour(kind="reduction", rule=ties.window, flops=_window_flops)
+_WINDOW = Behaviour(kind="pooling", rule=ties.window, flops=_window_flops)
 _SCAN = Behaviour(kind="reduction", rule=ties.along("axis"), flops=_per_operand)
 _KEY = Behaviour(kind="random", rule=ties.free, flops=_none)
 _SCATTER = Behaviour(kind="scatter", rule=ties.scatter(sums=True), flops=_update_flops)
@@ -159,7 +159,7 @@ _KNOWN: dict[str, Behaviour] = {
     "reduce": _ODD_REDUCTION,
     **_all("reduce_window reduce_window_max reduce_window_min reduce_window_sum", _WINDOW),
     "select_and_gather_add": _WINDOW,
-    "select_and_scatter_add": Behaviour(kind="scatter", rule=ties.window_gradient, flops=_window_gradient_flops),
+    "select_and_scatter_add": Behaviour(kind="pooling", rule=ties.window_gradient, flops=_window_gradient_flops),
     **_all("cumsum cumprod cummax cummin cumlogsumexp", _SCAN),
     "sort": Behaviour(kind="sort", rule=ties.along("dimension"), flops=_sort_flops),
     "top_k": Behaviour(kind="sort", rule=ties.top, flops=_per_operand),

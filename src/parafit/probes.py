@@ -96,6 +96,8 @@ def probes() -> Iterable[Probe]:
         yield from (_function("div", lambda x: 0.5 / (x + 0.5), 2**exponent), _arithmetic(2**exponent))
     for exponent in (10, 15, 19, 23):
         yield from (*_reductions(2**exponent), _move(2**exponent), _slice(2**exponent))
+    for exponent in (15, 19, 23, 25):
+        yield _pooling(2**exponent)
     for exponent in (12, 16, 20):
         yield from (_stack(2**exponent, "stack_near", NEAR_STACK_BYTES), _stack(2**exponent, "stack", FAR_STACK_BYTES))
     for images in _IMAGES:
@@ -248,6 +250,18 @@ def _slice(bytes_: int) -> Probe:
         return _apart((block, (index + 1) % 8, _apart(lax.dynamic_index_in_dim(block, index, keepdims=False))))
 
     return Probe(part="curve", kind="slice", size=2 * x[0].nbytes, body=body, carry=(x, np.int32(0), x[0]))
+
+
+def _pooling(bytes_: int) -> Probe:
+    """The larger of every 2 × 2 numbers of images, and the gradient."""
+    images = np.random.default_rng(0).random((max(1, bytes_ // 2**17), 32, 32, 16), np.float32)
+    windows = (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+
+    def body(images):
+        pooled, gradients = jax.vjp(lambda images: lax.reduce_window(images, -jnp.inf, lax.max, *windows), images)
+        return _apart(images + gradients(_apart(pooled * 1e-3))[0])
+
+    return Probe(part="curve", kind="pooling", size=1.75 * images.nbytes, body=body, carry=images, runs=2)
 
 
 def _stack(bytes_: int, kind: str, whole: int) -> Probe:

@@ -28,6 +28,7 @@ KINDS = (
     "attention",
     "elementwise",
     "reduction",
+    "pooling",
     "normalisation",
     "gather",
     "scatter",
@@ -37,8 +38,8 @@ KINDS = (
     "loop",
     "unknown",
 )
-"""What an operation does, as far as its price depends on it. "attention" is a fused softmax(QKᵀ)V; "move" a copy or
-transpose; "loop" a sequential loop; "unknown" is replicated on every device and listed to the user."""
+"""What an operation does, as far as its price depends on it. "pooling" takes windows, or is its gradient; "attention" is a fused
+softmax(QKᵀ)V; "move" a copy or transpose; "loop" a sequential loop; "unknown" is replicated on every device and listed to the user."""
 
 
 @dataclass(frozen=True, kw_only=True)

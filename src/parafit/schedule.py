@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 CompilerOptions = dict[str, str | bool]
 """As `jax.stages.Lowered.compile` takes them."""
@@ -21,7 +21,7 @@ def compiler_options(closed: ClosedJaxpr) -> CompilerOptions:
     >>> compiler_options(jax.make_jaxpr(lambda x: x + 1)(1.0))
     {}
     """
-    convolves = "conv_general_dilated" in set(_primitives(closed.jaxpr))
+    convolves = "conv_general_dilated" in _primitives(closed)
     threads: CompilerOptions = {"xla_cpu_experimental_ynn_fusion_type": ",".join(_FUSIONS)} if convolves else {}
     order: CompilerOptions = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if saves_memory(closed) else {}
     return threads | order
@@ -47,13 +47,18 @@ def saves_memory(closed: ClosedJaxpr) -> bool:
     >>> saves_memory(jax.make_jaxpr(lambda key: jax.random.uniform(key))(jax.random.key(0)))
     True
     """
-    names = set(_primitives(closed.jaxpr))
+    names = _primitives(closed)
     return "random_bits" in names and "conv_general_dilated" not in names
 
 
-def _primitives(jaxpr: Jaxpr) -> Iterator[str]:
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Those of a jaxpr, at every depth."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: isinstance(value, Jaxpr | ClosedJaxpr)):
             if isinstance(value, Jaxpr | ClosedJaxpr):
-                yield from _primitives(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                yield from equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def _primitives(closed: ClosedJaxpr) -> set[str]:
+    return {equation.primitive.name for equation in equations(closed.jaxpr)}

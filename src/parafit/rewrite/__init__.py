@@ -12,6 +12,7 @@ The values are those of the original to the rounding of its dtype; random bits, 
 The second pass, `in_bfloat16`, is for plans that ask for it, on every machine: it rounds the operands of products.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,11 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
 
 from parafit.rewrite.bits import choose_random_bits, choose_top_k
-from parafit.rewrite.convolutions import choose_convolution
+from parafit.rewrite.convolutions import choose_convolution, is_kernel_gradient
 from parafit.rewrite.half import HalfProducts
 from parafit.rewrite.pools import choose_pool, choose_pool_gradient
 from parafit.rewrite.products import choose_dot
+from parafit.schedule import equations
 
 
 def rewrite(step: Callable) -> Callable:
@@ -56,7 +58,8 @@ def rewrite_jaxpr(closed: ClosedJaxpr) -> ClosedJaxpr:
     >>> rewrite_jaxpr(closed) is closed
     True
     """
-    return _Rewriter(_CHOOSERS).closed(closed)
+    trains = any(map(is_kernel_gradient, equations(closed.jaxpr)))
+    return _Rewriter(_CHOOSERS if trains else _CHOOSERS | _FORWARD_CHOOSERS).closed(closed)
 
 
 def in_bfloat16(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -150,3 +153,10 @@ _CHOOSERS: dict[str, Callable[[JaxprEqn], Callable | None]] = {
     "select_and_scatter_add": choose_pool_gradient,
     "top_k": choose_top_k,
 }
+
+_FORWARD_CHOOSERS: dict[str, Callable[[JaxprEqn], Callable | None]] = {
+    "conv_general_dilated": functools.partial(choose_convolution, alone=False),
+    "reduce_window_max": functools.partial(choose_pool, alone=False),
+    "reduce_window_sum": functools.partial(choose_pool, alone=False),
+}
+"""Without a backward pass, which needs what the convolutions give, XLA:CPU can make a whole network one operation that stays in cache."""

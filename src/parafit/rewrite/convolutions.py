@@ -27,10 +27,16 @@ BLOCK_BYTES, MOST_BLOCKS = 2**24, 8
 """Patches of images that are gathered at a time, and how many times at most: each time makes the program longer."""
 
 
-def choose_convolution(equation: JaxprEqn) -> Callable | None:
+def is_kernel_gradient(equation: JaxprEqn) -> bool:
+    """Whether it is a convolution over images whose batch is summed, as JAX writes the gradient of a kernel."""
+    return equation.primitive.name == "conv_general_dilated" and equation.params["dimension_numbers"].lhs_spec[0] != 0
+
+
+def choose_convolution(equation: JaxprEqn, *, alone: bool = True) -> Callable | None:
+    """The form of a convolution that is an operation by itself, or, if not `alone`, may run as one with its neighbours."""
     params, dims = equation.params, equation.params["dimension_numbers"]
     images, kernel = (var.aval for var in equation.invars)
-    inner = _convolution_form(equation)
+    inner = _convolution_form(equation, alone)
     orders = _last(dims.lhs_spec), _kernel_last(dims.rhs_spec), _last(dims.out_spec)
     plain = tuple(range(len(images.shape)))
     fast = {_convolve: plain, _convolve_small_groups: (*plain[:-2], plain[-1], plain[-2])}
@@ -48,7 +54,7 @@ def choose_convolution(equation: JaxprEqn) -> Callable | None:
     return form
 
 
-def _convolution_form(equation: JaxprEqn) -> Callable | None:
+def _convolution_form(equation: JaxprEqn, alone: bool) -> Callable | None:
     dims, features, batches = (equation.params[name] for name in ("dimension_numbers", "feature_group_count", "batch_group_count"))
     images, kernel, result = (var.aval.shape for var in (*equation.invars, *equation.outvars))
     few_outputs = math.prod(result[dim] for dim in dims.out_spec[2:]) <= MOST_OFFSETS
@@ -60,9 +66,9 @@ def _convolution_form(equation: JaxprEqn) -> Callable | None:
     if batches > 1:
         splits = _split_groups if batches <= 4 * MOST_GROUPS else None
         return None if not few_outputs else _depthwise_correlate if batches == images[dims.lhs_spec[0]] else splits
-    if few_outputs and dims.lhs_spec[0] != 0:
+    if few_outputs and is_kernel_gradient(equation):
         return _correlate
-    return _dense_form(equation)
+    return _dense_form(equation) if alone else _convolve
 
 
 def _dense_form(equation: JaxprEqn) -> Callable:

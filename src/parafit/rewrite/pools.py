@@ -78,10 +78,11 @@ def _spread(gradient, chosen, shape, window, strides, padding):
     return total
 
 
-def choose_pool(equation: JaxprEqn) -> Callable | None:
+def choose_pool(equation: JaxprEqn, *, alone: bool = True) -> Callable | None:
     """A maximum or sum over windows, as one over shifted copies: what comes before, a ReLU say, then needs no pass of its own.
 
-    XLA's own form stays where it is faster: large or padded windows side by side, and sums of few shifts by one.
+    XLA's own form stays where it is faster: large or padded windows side by side, and all that may run as one with their neighbours (not
+    `alone`); sums of few shifts by one.
     """
     params, operand = equation.params, equation.invars[0].aval
     window, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
@@ -89,7 +90,7 @@ def choose_pool(equation: JaxprEqn) -> Callable | None:
     join, start = _JOINS[equation.primitive.name]
     padded, size = any(map(any, padding)), math.prod(window)
     tiled = tuple(window) == tuple(strides)
-    spared = (size > 9 or padded) if tiled else join is jnp.add and math.prod(strides) == 1 and size <= 4
+    spared = (size > 9 or padded or not alone) if tiled else join is jnp.add and math.prod(strides) == 1 and size <= 4
     if dilated or spared or not 1 < size <= MOST_OFFSETS or not jnp.issubdtype(operand.dtype, jnp.floating):
         return None
     shape = equation.outvars[0].aval.shape
