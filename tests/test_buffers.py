@@ -199,6 +199,14 @@ def test_a_program_for_another_machine_knows_no_buffers():
     assert trace(*arguments, results=leaves, lower=lambda traced: traced).buffers
 
 
+def test_convolutions_are_not_given_to_the_library_that_runs_them_on_one_thread():
+    model, x, y = classifier([layers.Conv2D(64, 3, activation="relu"), layers.Flatten()], 24, 24, 32)  # XLA keeps small ones to itself
+    _, step, block = traced(model, x, y)
+    computations = find_chunk(model, step, block, Placement(Plan())).text.split("\n}")
+    assert any(" convolution(" in each for each in computations)
+    assert not any(" convolution(" in each and each.strip().startswith("%fused") for each in computations)
+
+
 def test_the_order_that_holds_least_changes_no_value(monkeypatch):
     def fitted(frugal):
         monkeypatch.setattr("parafit.schedule.saves_memory", lambda traced: frugal)

@@ -115,7 +115,22 @@ def test_convolutions_of_two_dims_and_their_gradients(options, layout, dtype):
 @pytest.mark.parametrize("options", [{}, {"padding": "VALID"}, {"strides": 2}, {"base": 2, "padding": ((1, 2), (2, 2))}], ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(9, 10), (9, 2), (1, 9)])
 def test_convolutions_of_few_and_many_channels(inputs, outputs, options):
-    close(gradients(convolution(**options), *(args := operands("last", 2, inputs, outputs, 1, "float32"))), *args)
+    function = gradients(convolution(**options), *(args := operands("last", 2, inputs, outputs, 1, "float32")))
+    close(function, *args)
+    left = "conv_general_dilated" in names(rewrite_jaxpr(jax.make_jaxpr(function)(*args)).jaxpr)
+    strided = {(9, 2): "strides", (1, 9): "base"}  # a convolution of few results that goes in strides: forward, or the images' gradient
+    assert left == (outputs == 10 or strided[inputs, outputs] in options)
+
+
+def test_products_per_pixel_hold_little(monkeypatch):
+    function = gradients(convolution(strides=2), *(args := operands("last", 2, 9, 10, 1, "float32")))
+
+    def convolutions():
+        return str(rewrite_jaxpr(jax.make_jaxpr(function)(*args))).count("conv_general_dilated[")
+
+    before = convolutions()
+    monkeypatch.setattr("parafit.rewrite.convolutions.BLOCK_BYTES", 64)
+    assert convolutions() == before + 1
 
 
 def test_patches_are_gathered_in_blocks(monkeypatch):
@@ -139,6 +154,17 @@ def test_networks_without_gradients_are_left_whole():
     assert not calls(rewrite_jaxpr(jax.make_jaxpr(network)(*args)).jaxpr)
     trained = rewrite_jaxpr(jax.make_jaxpr(gradients(network, *args))(*args)).jaxpr
     assert calls(trained) >= {"fast_conv_general_dilated", "fast_reduce_window_max"}
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize(("start", "join"), [(-jnp.inf, lax.max), (0.0, lax.add)])
+def test_pools_side_by_side_in_networks_that_train(window, start, join, dtype):
+    def network(images, kernel):
+        dims = (1, window, window, 1)
+        return lax.reduce_window(jnp.maximum(convolution()(images, kernel), 0), start, join, dims, dims, "VALID")
+
+    args = operands("last", 2, 3, 4, 1, dtype)
+    assert f"fast_reduce_window_{join.__name__.replace('add', 'sum')}" in close(gradients(network, *args), *args)
 
 
 @pytest.mark.parametrize("layout", ["last", "first"])

@@ -13,7 +13,7 @@ def compiler_options(closed: ClosedJaxpr) -> CompilerOptions:
     """Options to compile a step with.
 
     XLA:CPU gives convolutions to a library that runs them on one thread where no other was just at work (JAX 0.10.2); without it they use
-    all. With 3×3 windows and 32 to 128 channels that is 1.5 to 5 times as fast on 2 cores of an AMD EPYC.
+    all. By themselves, with 32 channels or more, they then were 1.0 to 5 times as fast on 2 cores of an AMD EPYC (decision 0009).
 
     Args:
         closed: a step, as traced.

@@ -24,7 +24,8 @@ WASTE = 3 / 2
 """With this many times as many results as pixels, products per pixel are faster than XLA:CPU's convolution: it multiplies padding too."""
 
 BLOCK_BYTES, MOST_BLOCKS = 2**24, 8
-"""Patches of images that are gathered at a time, and how many times at most: each time makes the program longer."""
+"""Patches of images that are gathered at a time, and how many times at most: each time makes the program longer. What products per pixel
+give is held whole, and takes no more than all these patches."""
 
 
 def is_kernel_gradient(equation: JaxprEqn) -> bool:
@@ -79,11 +80,11 @@ def _dense_form(equation: JaxprEqn) -> Callable:
     pixels, results = (math.prod(array.shape) // array.shape[spec[1]] for array, spec in ((images, dims.lhs_spec), (result, dims.out_spec)))
     if math.prod(window) > MOST_OFFSETS:
         return _convolve
+    most = MOST_BLOCKS * BLOCK_BYTES / math.prod(window) / images.dtype.itemsize
     if inputs < FEW_CHANNELS and inputs <= outputs:
-        patch_bytes = results * math.prod(window) * inputs * images.dtype.itemsize
-        return _convolve_patches if patch_bytes <= MOST_BLOCKS * BLOCK_BYTES else _convolve
+        return _convolve_patches if results * inputs <= most else _convolve
     spread = set(equation.params["window_strides"]) == {1} and (outputs < FEW_CHANNELS or results >= WASTE * pixels)
-    return _convolve_spread if spread else _convolve
+    return _convolve_spread if spread and pixels * outputs <= most else _convolve
 
 
 def _last(spec: Sequence[int]) -> tuple[int, ...]:
