@@ -241,7 +241,7 @@ def _price(case: Case, model, x, y, machine: Machine) -> tuple[Cost, float, Call
     feed = Feed(x, y, batch_size=case.batch, shuffle=True)
     adapter = KerasModel(model, "fit")
     adapter.build(feed.example)
-    step, arrays = adapter.train_step(), feed.foreseen()[0]
+    step, arrays = adapter.train_step(), feed.foreseen()[0].arrays
     capacity = jax.tree.leaves(arrays)[0].shape[0]
     program = step_program(step, feed.shapes(), case.name)
     cost = price(program, Plan(), machine, software=Software(steps_per_dispatch=capacity))

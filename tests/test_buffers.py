@@ -159,7 +159,7 @@ def traced(model, x, y):
     adapted.build(feed.example)
     step = adapted.train_step()
     program = trace_step(step, step.read(), feed.shapes(), fixed=step.read_fixed(), name=model.name, lower=rewrite_jaxpr)
-    return program, step, feed.foreseen()[0]
+    return program, step, feed.foreseen()[0].arrays
 
 
 @pytest.mark.parametrize("name", NETWORKS)

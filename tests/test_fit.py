@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import parafit
+from parafit import chunk
 
 from .zoo import ZOO, mlp
 
@@ -39,6 +40,16 @@ def run_both(make, *, tolerance, fit=None, before=lambda model: None, evaluates=
 @pytest.mark.parametrize("name", ZOO)
 def test_every_kind_of_model_in_float64(name):
     run_both(ZOO[name], tolerance=1e-10, fit={"validation_split": 0.2, "epochs": 2}, evaluates=True)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("batch_size", "seldom"), [(2, True), (16, False)])
+def test_the_short_last_batch_of_many_is_compiled_quickly(batch_size, seldom, monkeypatch):
+    asked = []
+    options = chunk.compiler_options
+    monkeypatch.setattr(chunk, "compiler_options", lambda traced, seldom: asked.append(seldom) or options(traced, seldom=seldom))
+    run_both(ZOO["convolutional"], tolerance=1e-10, fit={"batch_size": batch_size, "epochs": 2})
+    assert asked == [False, seldom]
 
 
 @pytest.mark.parametrize("name", ["mlp", "many_inputs_and_outputs", "sequence"])

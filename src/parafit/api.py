@@ -114,12 +114,12 @@ def fit(
         return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
 
     progress = run.Progress(adapter, step, placement)
-    shapes = feed.foreseen()
-    progress.compile(shapes)
-    price = forecast.foresee(progress, placement.plan, shapes[0], program) if verbose and shapes else None
+    blocks = feed.foreseen()
+    progress.compile(blocks)
+    price = forecast.foresee(progress, placement.plan, blocks[0].arrays, program) if verbose and blocks else None
     if price:
         print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
-        forecast.print_breaches(progress, shapes[0], program)
+        forecast.print_breaches(progress, blocks[0].arrays, program)
     feed.restart()
     run.train(
         progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate

@@ -77,21 +77,21 @@ class Chunk:
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
-def find_chunk(keeper, step: Step, arrays, placement: Placement) -> Chunk:
+def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> Chunk:
     """The program for this step and blocks of these shapes, made once for as long as the model stays as it is.
 
-    Tracing happens here; compiling goes on in the background until the chunk is called.
+    Tracing happens here; compiling goes on in the background until the chunk is called. What runs `seldom` is compiled quickly.
     """
-    key = (placement.plan, jax.tree.structure(arrays), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)))
-    return remembered(keeper, step, key, lambda: _make_chunk(step, arrays, placement))
+    key = (placement.plan, seldom, jax.tree.structure(arrays), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)))
+    return remembered(keeper, step, key, lambda: _make_chunk(step, arrays, placement, seldom))
 
 
-def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
+def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk:
     held = step.read_fixed(), step.read(), arrays
     fixed, state, arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
-    run_step, outputs, options = _trace(step, fixed, state, batch, placement)
+    run_step, outputs, options = _trace(step, fixed, state, batch, placement, seldom)
     predicts = step.name == "predict"
     many = (
         _predict_many(run_step, outputs, capacity)
@@ -105,14 +105,14 @@ def _make_chunk(step: Step, arrays, placement: Placement) -> Chunk:
     return Chunk(lowered, options, tally.logs, capacity, placement)
 
 
-def _trace(step: Step, fixed, state, batch, placement: Placement) -> tuple[Callable, Any, CompilerOptions]:
+def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) -> tuple[Callable, Any, CompilerOptions]:
     """The step as a function that no longer runs the model's Python code, the shapes of its outputs, and options for the compiler."""
     traced, (outputs, new_state) = jax.make_jaxpr(planned_function(step, placement, batch), return_shape=True)(fixed, state, batch)
     if placement.plan.precision == "bfloat16":
         traced = in_bfloat16(traced)
     options: CompilerOptions = {}
     if jax.default_backend() == "cpu":
-        options = compiler_options(traced)
+        options = compiler_options(traced, seldom=seldom)
         traced = rewrite_jaxpr(traced)
     flat = compat.jaxpr_as_function(traced)
     structure = jax.tree.structure((outputs, new_state))

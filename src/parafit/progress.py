@@ -118,18 +118,18 @@ class Progress:
         self._found: dict[int, tuple[Any, Any]] = {}
         self._safeguard: Any = Safeguard() if step.stops_on_bad_loss else None
 
-    def compile(self, shapes: list[Any]) -> None:
-        """Start compiling the programs for blocks of these shapes, all at once."""
-        for arrays in shapes:
-            find_chunk(self.adapter.keeper, self._step, arrays, self._placement)
+    def compile(self, blocks: list[Block]) -> None:
+        """Start compiling the programs for blocks like these, all at once."""
+        for block in blocks:
+            find_chunk(self.adapter.keeper, self._step, block.arrays, self._placement, seldom=block.seldom)
 
-    def find(self, arrays: Any) -> Chunk:
-        """The compiled program for blocks like this one."""
+    def find(self, arrays: Any, *, seldom: bool = False) -> Chunk:
+        """The compiled program for a block of these arrays."""
         known, chunk = self._found.get(id(arrays), (None, None))
         if known is arrays:  # buffers filled again
             return chunk
         started = time.perf_counter()
-        chunk = find_chunk(self.adapter.keeper, self._step, arrays, self._placement)
+        chunk = find_chunk(self.adapter.keeper, self._step, arrays, self._placement, seldom=seldom)
         chunk.wait()  # so that compiling is not taken for running
         self.seconds_compiling += time.perf_counter() - started
         self._found[id(arrays)] = arrays, chunk
@@ -185,7 +185,7 @@ class Progress:
 
     def run(self, block: Block) -> Any:
         """Dispatch the steps of a block; gives the predictions, if the step makes any."""
-        chunk = self.find(block.arrays)
+        chunk = self.find(block.arrays, seldom=block.seldom)
         tally = self._tally or chunk.fresh_tally
         # One batch goes in as it is: a copy costs less than a call that avoids it.
         arrays = block.arrays if chunk.capacity == 1 else self._placement.put_block(block.arrays)

@@ -73,6 +73,7 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
     """The loss and metrics of the model on the feed's one epoch, by name."""
     model = adapter.model
     progress = Progress(adapter, adapter.test_step(), placement)
+    progress.compile(feed.foreseen())
     model.stop_evaluating = False
     callbacks.on_test_begin()
     model.reset_metrics()
@@ -93,6 +94,7 @@ def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Plac
     """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
     model = adapter.model
     progress = Progress(adapter, adapter.predict_step(), placement)
+    progress.compile(feed.foreseen())
     model.stop_predicting = False
     callbacks.on_predict_begin()
     parts = []

@@ -1,4 +1,4 @@
-"""What XLA:CPU is asked for beside the program: the order of a step, and which library runs its convolutions."""
+"""What XLA:CPU is asked for beside the program: the order of a step, which library runs its convolutions, how quickly to compile."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,18 @@ CompilerOptions = dict[str, str | bool]
 """As `jax.stages.Lowered.compile` takes them."""
 
 
-def compiler_options(closed: ClosedJaxpr) -> CompilerOptions:
+def compiler_options(closed: ClosedJaxpr, *, seldom: bool = False) -> CompilerOptions:
     """Options to compile a step with.
 
     XLA:CPU gives convolutions to a library that runs them on one thread where no other was just at work (JAX 0.10.2); without it they use
     all. By themselves, with 32 channels or more, they then were 1.0 to 5 times as fast on 2 cores of an AMD EPYC (decision 0009).
 
+    What runs seldom is compiled with XLA's older emitter of fused loops. That takes about half as long, and the steps of the benchmark's
+    networks then took 0.95 to 1.8 times as long (JAX 0.10.2 on the same machine; the smallest network's the longest).
+
     Args:
         closed: a step, as traced.
+        seldom: whether compiling it will take longer than running it.
 
     >>> compiler_options(jax.make_jaxpr(lambda x: x + 1)(1.0))
     {}
@@ -24,7 +28,8 @@ def compiler_options(closed: ClosedJaxpr) -> CompilerOptions:
     convolves = "conv_general_dilated" in _primitives(closed)
     threads: CompilerOptions = {"xla_cpu_experimental_ynn_fusion_type": ",".join(_FUSIONS)} if convolves else {}
     order: CompilerOptions = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if saves_memory(closed) else {}
-    return threads | order
+    emitter: CompilerOptions = {"xla_cpu_use_fusion_emitters": False} if seldom else {}
+    return threads | order | emitter
 
 
 _FUSIONS = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_REDUCE", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
