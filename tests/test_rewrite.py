@@ -246,8 +246,9 @@ def test_pooling_and_its_gradients(space, window, strides, padding, dtype):
     assert close(total, images) == (set() if spared else {"fast_reduce_window_sum"})
 
 
-def test_the_maximum_s_gradient_is_identical_where_pools_hold_nans_infinities_and_ties():
-    images = random(4, 8, 8, 2).at[0, 1].set(jnp.nan).at[1, :, 2].set(-jnp.inf).at[2].set(1.0).at[3, 3, 3].set(jnp.inf)
+@pytest.mark.parametrize("channels", [2, 16])
+def test_the_maximum_s_gradient_is_identical_where_pools_hold_nans_infinities_and_ties(channels):
+    images = random(4, 8, 8, channels).at[0, 1].set(jnp.nan).at[1, :, 2].set(-jnp.inf).at[2].set(1.0).at[3, 3, 3].set(jnp.inf)
     for dims in (((1, 2, 2, 1), (1, 2, 2, 1), "VALID"), ((1, 3, 3, 1), (1, 2, 2, 1), "SAME")):
         pool = gradients(lambda images, dims=dims: lax.reduce_window(images, -jnp.inf, lax.max, *dims), images)
         for want, have in zip(jax.tree.leaves(pool(images)), jax.tree.leaves(rewrite(pool)(images))):

@@ -13,6 +13,9 @@ from jax.extend.core import JaxprEqn
 
 from parafit.rewrite.windows import MOST_OFFSETS, strided
 
+_MANY_CHANNELS = 16
+"""Fewer make loops that XLA:CPU does not vectorise where it works out for every pixel which position of its window it is (JAX 0.10.2)."""
+
 
 def choose_pool_gradient(equation: JaxprEqn) -> Callable | None:
     params = equation.params
@@ -20,11 +23,12 @@ def choose_pool_gradient(equation: JaxprEqn) -> Callable | None:
     if params["select_prim"].name != "ge" or math.prod(window) > MOST_OFFSETS:
         return None
     tiled = tuple(window) == tuple(strides) and not any(map(any, padding))
+    channels = math.prod(equation.outvars[0].aval.shape[_last_dim(window) + 1 :])
 
     def form(gradient, images):
         gradient = gradient.astype(images.dtype)
         chosen = _chosen(images, gradient.shape, window, strides, padding)
-        spread = _spread_tiled if tiled else _spread
+        spread = _spread if not tiled else _spread_tiled if channels >= _MANY_CHANNELS else _spread_few
         return spread(gradient, chosen, images.shape, window, strides, padding)
 
     return form
@@ -55,9 +59,32 @@ def _spread_tiled(gradient, chosen, shape, window, strides, padding):
     for dim, width in enumerate(window):
         number = number * width + lax.broadcasted_iota(jnp.int32, within, 2 * dim + 1)
     tiles = jnp.where(chosen.reshape(blocks) == number, gradient.reshape(blocks), jnp.zeros((), gradient.dtype))
-    whole = tiles.reshape([count * width for count, width in zip(gradient.shape, window)])
-    widths = [(0, size - covered, 0) for size, covered in zip(shape, whole.shape)]
-    return lax.pad(whole, jnp.zeros((), whole.dtype), widths)
+    return _covering(tiles.reshape([count * width for count, width in zip(gradient.shape, window)]), shape)
+
+
+def _spread_few(gradient, chosen, shape, window, strides, padding):
+    """Windows that tile images of few channels: the gradients of each position by themselves, then laid side by side."""
+    numbers, last = itertools.count(), _last_dim(window)
+
+    def join(dim: int) -> jax.Array:
+        if dim == len(window):
+            return jnp.where(chosen == next(numbers), gradient, jnp.zeros((), gradient.dtype))
+        parts = [join(dim + 1) for _ in range(window[dim])]
+        if dim == last:  # pixels with all their channels
+            return jnp.concatenate([part.reshape(*part.shape[: dim + 1], -1) for part in parts], axis=-1)
+        return jnp.stack(parts, axis=dim + 1)
+
+    return _covering(join(0).reshape([count * width for count, width in zip(gradient.shape, window)]), shape)
+
+
+def _last_dim(window) -> int:
+    """The last dim that windows extend in."""
+    return max((dim for dim, width in enumerate(window) if width > 1), default=0)
+
+
+def _covering(whole, shape):
+    """Zeros where windows that tile do not reach."""
+    return lax.pad(whole, jnp.zeros((), whole.dtype), [(0, size - covered, 0) for size, covered in zip(shape, whole.shape)])
 
 
 def _spread(gradient, chosen, shape, window, strides, padding):
