@@ -115,6 +115,22 @@ def test_batches_of_many_shapes():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def test_only_the_short_last_batch_of_arrays_is_seldom():
+    class Sizes(keras.utils.PyDataset):
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, index):
+            return np.ones((4 - index % 3, 2), "float32"), np.ones((4 - index % 3, 1), "float32")
+
+    epoch = Feed(Sizes()).epoch()
+    blocks = list(iter(lambda: epoch.take(8), None))
+    assert len(blocks) == 30
+    assert not any(block.seldom for block in blocks)
+    for rows, seldom in ((39, True), (37, False)):
+        assert [block.seldom for block in Feed(np.ones((rows, 2)), batch_size=2).foreseen()] == [False, seldom]
+
+
 def test_tf_data():
     tf = pytest.importorskip("tensorflow")
     dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)

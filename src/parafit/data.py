@@ -156,7 +156,7 @@ class Feed:
         last = batch_size < self._largest_batch
         capacity = 1 if last else max(1, min(BLOCK_BYTES // max(_byte_count(leaves), 1), self._most_steps))
         self._largest_batch = max(self._largest_batch, batch_size)
-        self._buffers[shape] = _Buffers(leaves, capacity, seldom=last and (self.steps_per_epoch or 0) >= _MANY_STEPS)
+        self._buffers[shape] = _Buffers(leaves, capacity, seldom=last and self._arrays is not None and self.steps_per_epoch >= _MANY_STEPS)
         return self._buffers[shape]
 
     def _gather_into(self, rows: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
