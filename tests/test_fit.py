@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit import chunk
+from parafit import chunk, progress
 
 from .zoo import ZOO, mlp
 
@@ -50,6 +50,18 @@ def test_the_short_last_batch_of_many_is_compiled_quickly(batch_size, seldom, mo
     monkeypatch.setattr(chunk, "compiler_options", lambda traced, seldom: asked.append(seldom) or options(traced, seldom=seldom))
     run_both(ZOO["convolutional"], tolerance=1e-10, fit={"batch_size": batch_size, "epochs": 2})
     assert asked == [False, seldom]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_both_programs_of_a_run_are_compiled_side_by_side(verb, monkeypatch):
+    events = []
+    find, wait = progress.find_chunk, chunk.Chunk.wait
+    monkeypatch.setattr(progress, "find_chunk", lambda *args, **options: events.append("find") or find(*args, **options))
+    monkeypatch.setattr(chunk.Chunk, "wait", lambda self: events.append("wait") or wait(self))
+    model, x, y = mlp()
+    getattr(parafit, verb)(model, *((x, y) if verb == "evaluate" else (x,)), batch_size=16, verbose=0)
+    assert events[:2] == ["find", "find"]
+    assert "wait" in events
 
 
 @pytest.mark.parametrize("name", ["mlp", "many_inputs_and_outputs", "sequence"])

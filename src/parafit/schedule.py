@@ -15,8 +15,8 @@ def compiler_options(closed: ClosedJaxpr, *, seldom: bool = False) -> CompilerOp
     XLA:CPU gives convolutions to a library that runs them on one thread where no other was just at work (JAX 0.10.2); without it they use
     all. By themselves, with 32 channels or more, they then were 1.0 to 5 times as fast on 2 cores of an AMD EPYC (decision 0009).
 
-    What runs seldom is compiled with XLA's older emitter of fused loops. That takes about half as long, and the steps of the benchmark's
-    networks then took 0.95 to 1.8 times as long (JAX 0.10.2 on the same machine; the smallest network's the longest).
+    What runs seldom is compiled with XLA's older emitter of fused loops. That takes about half as long, a transformer's no less, and the
+    steps of the benchmark's networks then took 0.95 to 1.8 times as long (JAX 0.10.2, same machine; the smallest network's the longest).
 
     Args:
         closed: a step, as traced.
