@@ -19,15 +19,45 @@ class Count(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 parafit.fit(model, x, y, batch_size=128, epochs=12, verbose=0, plan="single", callbacks=[Count()])
-print(int(np.median(np.diff(faults))))
+print(int(np.median(np.diff(faults))), len(parafit.heap._taken))
 """
 
+needs_glibc = pytest.mark.skipif(heap._library() is None, reason="needs glibc")
 
-@pytest.mark.skipif(heap._library() is None, reason="needs glibc")
+
+@needs_glibc
 def test_a_step_takes_no_new_pages():
     """Steps of 64 MiB of activations: without it, each maps more than 16,384 pages of 4 KiB. The heap may still grow once or twice."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 4096
+    pages, taken = map(int, done.stdout.split())
+    assert pages < 4096
+    assert taken, "the gaps that compiling left are not taken up"
+
+
+@needs_glibc
+def test_gaps_are_taken_up_but_while_something_is_compiled():
+    library, size = heap._library(), 1 << 15
+    blocks = [library.malloc(size) for _ in range(400)]
+    gaps = set(blocks[::2])
+    for block in gaps:
+        library.free(block)
+
+    def found() -> bool:
+        again = [library.malloc(size) for _ in range(400)]
+        for block in again:
+            library.free(block)
+        return not gaps.isdisjoint(again)
+
+    assert found()
+    with heap.takes_up_gaps():
+        with heap.takes_up_gaps():
+            assert found()
+        assert found(), "another program is still being compiled"
+    assert not found()
+    with heap.takes_up_gaps():
+        assert found()
+    for block in blocks[1::2]:
+        library.free(block)
 
 
 def test_memory_is_given_back_after_the_last_run(monkeypatch):
@@ -53,5 +83,5 @@ def test_other_systems_are_left_alone(monkeypatch, platform):
     monkeypatch.setattr(heap, "_library", heap._library.__wrapped__)
     assert heap._library() is None
     heap.use_one_arena()
-    with heap.keeps_memory():
+    with heap.keeps_memory(), heap.takes_up_gaps():
         pass

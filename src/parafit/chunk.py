@@ -11,6 +11,7 @@ import numpy as np
 
 from parafit import compat
 from parafit.adapt import State, Step, remembered
+from parafit.heap import takes_up_gaps
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
 from parafit.schedule import CompilerOptions, compiler_options
@@ -51,7 +52,7 @@ class Chunk:
         # On the devices once and for all: an array that has to be brought there costs microseconds in every call.
         tally = Tally(np.int32(0), np.bool_(True), jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), logs))
         self.fresh_tally, self._one = jax.device_put((tally, np.int32(1)), placement.replicated)
-        self._compiling: Future = _COMPILERS.submit(lowered.compile, options)
+        self._compiling: Future = _COMPILERS.submit(_compile, lowered, options)
 
     def __call__(self, fixed: list, state: State, tally: Tally, steps: int, arrays):
         return self._compiling.result()(fixed, state, tally, self._one if steps == 1 else np.int32(steps), arrays)
@@ -75,6 +76,11 @@ class Chunk:
         """Memory the program holds on one device: arguments, results and temporaries, as the compiler says."""
         memory = self._compiling.result().memory_analysis()
         return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _compile(lowered, options: CompilerOptions):
+    with takes_up_gaps():
+        return lowered.compile(options)
 
 
 def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> Chunk:
