@@ -274,6 +274,14 @@ def test_a_dense_kernel_s_gradient(shape, dtype):
     close(lambda left, right: lax.dot_general(left[0], right[0], (((0,), (0,)), ((), ()))), left, right)
 
 
+def test_the_gradient_of_a_wide_kernel_is_left_as_it_is_in_short_sums():
+    gradient = lambda columns: lambda left, right: lax.dot_general(left, right[:, :columns], (((0,), (0,)), ((), ())))  # noqa: E731
+    left, right = random(256, 128), random(256, 300)
+    assert close(gradient(256), left, right) == set()
+    assert close(gradient(20), left, right) == {"fast_dot_general"}
+    assert close(gradient(256), random(2048, 128), random(2048, 300)) == {"fast_dot_general"}
+
+
 def test_a_product_over_differently_ordered_dims_is_left_alone():
     closed = jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, (((0, 1), (1, 0)), ((), ()))))(jnp.ones((3, 4, 5)), jnp.ones((4, 3, 6)))
     assert rewrite_jaxpr(closed) is closed

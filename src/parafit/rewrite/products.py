@@ -112,11 +112,15 @@ def _half_kernel_gradient(left: jax.Array, right: jax.Array, *, precision=None, 
 
 
 def _product_form(terms: int, rows: int, columns: int) -> Callable:
-    """Measured on 2 cores of a Zen 4 and a Zen 5 (JAX 0.10.2): few rows are best, above all in long sums, and a small transposed copy."""
-    small = terms * min(rows, columns) <= 2**13
-    if terms < 2**12 and (max(rows, columns) < 2 * min(rows, columns) or rows * columns > 2**17):
-        return _copied_product if small else _plain_product
-    inner = _copied_product if small else _plain_product
+    """Measured in the steps of networks on 2 cores of a Zen 4, some on a Zen 5 (JAX 0.10.2).
+
+    Few rows are best, above all in long sums, and a small transposed copy. The gradient of a wide kernel is left as it is in short sums:
+    the optimiser reads it several times, and slowly where it lies transposed.
+    """
+    wide = min(rows, columns) >= 128
+    inner = _copied_product if not wide and terms * min(rows, columns) <= 2**13 else _plain_product
+    if terms < 2**12 and (max(rows, columns) < 2 * min(rows, columns) or rows * columns > 2**17 or (wide and terms < 2**10)):
+        return inner
     if rows < columns:
         return lambda left, right, **options: lax.optimization_barrier(inner(left, right, **options))
     return lambda left, right, **options: lax.optimization_barrier(inner(right, left, **options)).T
