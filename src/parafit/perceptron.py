@@ -231,14 +231,24 @@ def _loss_and_gradient(network: Network, parameters: list, batch: Rows, alpha):
     delta = (a - y) * (weights / weight_sum)[:, None]
     slopes = []
     for number in reversed(range(layer_count)):
-        slopes.append((_transpose(inputs[number]) @ delta + alpha / weight_sum * coefs[number], delta.sum(axis=0)))
+        slopes.append((_kernel_gradient(inputs[number], delta) + alpha / weight_sum * coefs[number], delta.sum(axis=0)))
         if number:
             delta = delta @ coefs[number].T * derivative(inputs[number])
     return loss, [slope for part in zip(*reversed(slopes)) for slope in part]
 
 
+def _kernel_gradient(inputs, delta):
+    """inputsᵀ delta, for (batch, inputs) and (batch, outputs); of few outputs, those are transposed.
+
+    The transpose is an array of its own: XLA:CPU multiplies a transposed float64 operand at half the speed. A single output is left to
+    XLA, which fuses its product.
+    """
+    if 1 < delta.shape[1] <= inputs.shape[1] // 4:
+        return jax.lax.optimization_barrier(_transpose(delta) @ inputs).T
+    return _transpose(inputs) @ delta
+
+
 def _transpose(matrix):
-    """The transpose as an array of its own: XLA:CPU multiplies a transposed float64 operand at half the speed."""
     return jax.lax.optimization_barrier(matrix.T)
 
 
