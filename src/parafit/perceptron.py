@@ -181,6 +181,9 @@ def _run_chunk(network: Network, placement: Placement, carry, step_count, block:
         loss_sum, (parameters, *moments) = carry
         (step_size, row_count), batch = jax.tree.map(lambda column: column[number], (schedule, block))
         loss, gradient = _loss_and_gradient(network, parameters, placement.split_batch(batch), constants["alpha"])
+        # Updates that wait for the last to read the old weights, the loss and the first layer's slopes, are made in place: XLA copies
+        # the weights otherwise.
+        step_size += 0 * (loss + gradient[len(gradient) // 2][0])
         state = _UPDATES[network.solver](network, parameters, moments, gradient, step_size, constants)
         return loss_sum + loss * row_count, placement.replicate(state)
 
