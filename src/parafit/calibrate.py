@@ -23,6 +23,7 @@ from parafit.cluster import cache_directory
 from parafit.cost import price
 from parafit.errors import MachineError
 from parafit.files import write_whole
+from parafit.heap import keeps_memory, takes_up_gaps
 from parafit.machine import Device, Link, Machine, Matmul
 from parafit.plan import Plan
 from parafit.probes import ADAM, Probe, network_loss, network_shapes, probes
@@ -260,11 +261,15 @@ def feed_rate() -> float:
     return target.nbytes / statistics.median(taken)
 
 
+@keeps_memory()
 def _measure(probes: list[Probe], ends: float) -> list[Probe]:
-    """Compile probes for up to half of the time (the first few in any case), then time them in turns, forward and backward."""
+    """Compile probes for up to half of the time (the first few in any case), then time them in turns, forward and backward.
+
+    The heap is kept as a fit keeps it.
+    """
     middle = (time.perf_counter() + ends) / 2
     latest = [math.inf if place < _LEAST_PROBES else middle for place in range(len(probes))]
-    with ThreadPoolExecutor(core_count()) as pool:
+    with takes_up_gaps(), ThreadPoolExecutor(core_count()) as pool:
         ready = [probe for probe, made in zip(probes, pool.map(_compile_before, probes, latest)) if made]
     order, rounds = ready, 0
     while rounds < _LEAST_ROUNDS or time.perf_counter() < ends:
