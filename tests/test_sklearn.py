@@ -358,3 +358,12 @@ def assert_same(ours, theirs, *, rtol, atol=1e-12):
             np.testing.assert_allclose(getattr(ours, name), expected, rtol=rtol, atol=atol, err_msg=name)
     for ours_part, theirs_part in zip(ours.coefs_ + ours.intercepts_, theirs.coefs_ + theirs.intercepts_, strict=True):
         np.testing.assert_allclose(ours_part, theirs_part, rtol=rtol, atol=max(atol, rtol))
+
+
+@unconverged
+def test_a_loss_too_large_for_its_dtype_leaves_the_weights_finite():
+    x, y = np.ones((40, 3), np.float32), np.full(40, 1e20, np.float32)
+    with np.errstate(over="ignore"):
+        ours = parafit.sklearn.MLPRegressor(hidden_layer_sizes=(4,), random_state=0, max_iter=2).fit(x, y)
+    assert ours.loss_ == np.inf
+    assert all(np.isfinite(part).all() for part in ours.coefs_ + ours.intercepts_)
