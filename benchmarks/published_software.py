@@ -18,18 +18,20 @@ CACHING = 0.1
 """Share of memory that PyTorch's caching allocator loses to fragments (from memory)."""
 MEGATRON_LOSS = (9.5, 1.75)
 """Megatron-LM core/tensor_parallel/cross_entropy.py, in float32, operation by operation: 38 bytes a logit forward, 14 backward."""
-MEGATRON_2021 = Software(precision="float16", overlap_gradients=False, send_split=True, recomputes_all=True, equal_stages=True)
-MEGATRON_CORE = Software(overlap_gradients=True, overlap_tensor="all", equal_stages=True)
+SUMMED = Software(sums_microbatches=True)
+"""Every framework here runs the microbatches of a step before it reduces their gradients (no_sync in PyTorch)."""
+MEGATRON_2021 = replace(SUMMED, precision="float16", overlap_gradients=False, send_split=True, recomputes_all=True, equal_stages=True)
+MEGATRON_CORE = replace(SUMMED, overlap_gradients=True, overlap_tensor="all", equal_stages=True)
 
 TRITON_ATTENTION = ({"forward": 0.40, "backward": 0.35}, {"forward": 0.19, "backward": 0.165})
 """FlashAttention in Triton: on A100 100 to 120 TFLOP/s forward and backward together at 2k to 16k, causal (Dao 2023, figure 4;
 from memory);
 on H100 1.5 times that, as FlashAttention-2 without Hopper's instructions (335 against 225 TFLOP/s, ibid.)."""
-FOUNDRY = Software(prefetch=("forward",), launch_seconds=EAGER_LAUNCH, memory_slack=CACHING)
+FOUNDRY = replace(SUMMED, prefetch=("forward",), launch_seconds=EAGER_LAUNCH, memory_slack=CACHING)
 """Composer's FSDP: backward_prefetch BACKWARD_POST gathers a block only once the gradients of the one before are done (from memory)."""
 
-NANOTRON = Software(
-    overlap_tensor="independent", reduces_whole=True, launch_seconds=EAGER_LAUNCH, collective_seconds=2e-4, memory_slack=CACHING
+NANOTRON = replace(
+    SUMMED, overlap_tensor="independent", reduces_whole=True, launch_seconds=EAGER_LAUNCH, collective_seconds=2e-4, memory_slack=CACHING
 )
 """nanotron @9055c664. tensor_parallel/functional.py: exchanges of column-parallel layers run beside the other product of the backward
 pass. trainer.py: gradients are all-reduced whatever the ZeRO stage. A collective takes the host about 0.2 ms: splits, three products
@@ -42,10 +44,10 @@ CHECK_SECONDS = 3.2e-4
 over TCP (PyTorch's monitored barrier), one after the other. Seconds a member, from rows of 1B; those of 8B agree. By their times, the rows
 whose pipeline crosses hosts were run so, the others not."""
 
-BIGSCIENCE = Software(precision="float16", overlap_gradients=False, recomputes_all=True, send_split=True, memory_slack=CACHING)
+BIGSCIENCE = replace(SUMMED, precision="float16", overlap_gradients=False, recomputes_all=True, send_split=True, memory_slack=CACHING)
 """DeepSpeed's pipeline sends a part of each activation from each device of a tensor group (is_pipe_partitioned) and balances its stages."""
 
-ALPA = Software(precision="float16", overlap_gradients=False, prefetch=())
+ALPA = replace(SUMMED, precision="float16", overlap_gradients=False, prefetch=())
 """XLA of 2022 waits for each collective."""
 
 

@@ -14,6 +14,7 @@ from benchmarks.published_software import (
     MEGATRON_2021,
     MEGATRON_CORE,
     MEGATRON_LOSS,
+    SUMMED,
     TRITON_ATTENTION,
     SkippedError,
     nanotron,
@@ -318,7 +319,7 @@ def bert(row: Row) -> Case:
     )  # max_predictions_per_seq of the README's scripts
     plan = layout(row, dp=whole(row, "dp"), micro_batch=whole(row, "micro_batch"))
     preset = "a100x8" if "A100" in row["gpu"] else "v100x16" if "DGX-2" in row["gpu"] else "v100x8"
-    software = Software(precision=precision)
+    software = replace(SUMMED, precision=precision)
     return Case(
         table=f"BERT {preset[:4]} {row['precision']}",
         sweep=f"{row['gpu']} {row['precision']} {row['seq_len']}",
@@ -346,7 +347,7 @@ def fms(row: Row) -> Case:
         shape=shape,
         plan=plan,
         machine=_cluster("a100x8", row, "25Gb"),
-        software=Software(),
+        software=SUMMED,
         seconds=seconds,
         fits=True,
         label=row["model"],

@@ -151,6 +151,19 @@ def test_gradients_hide_behind_backward_only_where_the_software_does_so():
     assert hidden.times["gradients data"] < 0.5 * shown.times["gradients data"]
 
 
+def test_gradients_are_reduced_at_each_microbatch_unless_they_are_summed_first():
+    def reduced(chosen, **software):
+        return cost(chosen, overlap_gradients=False, **software).times["gradients data"]
+
+    once, often = plan(data=8), plan(data=8, microbatches=4)
+    assert reduced(often) == pytest.approx(4 * reduced(once)), "what runs, as the contract counts it"
+    assert reduced(often, sums_microbatches=True) == reduced(once)
+    staged = plan(data=8, pipeline=2, microbatches=4)
+    assert reduced(staged) == reduced(staged, sums_microbatches=True), "a pipeline sums them in its stages"
+    stored = plan(data=8, zero=2, microbatches=4)
+    assert reduced(stored) == reduced(stored, sums_microbatches=True), "whole gradients are stored nowhere"
+
+
 def test_a_slow_host_sets_the_pace_of_small_networks():
     chosen = plan(data=2, microbatches=32)
     assert cost(chosen, launch_seconds=1e-3).seconds > 2 * cost(chosen).seconds

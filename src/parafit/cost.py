@@ -273,7 +273,8 @@ class Pricing:
 
     def gradient_seconds(self, axis: str, bytes_: float, times: Mapping[str, float]) -> float:
         """Exposed seconds of reducing all gradients along an axis."""
-        each_time = self.plan.zero_stage >= 2 and axis == "data"
+        summed = self.stages > 1 or self.software.sums_microbatches
+        each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
         rounds = self.plan.microbatches if each_time else 1
         buckets = self.buckets(bytes_)
         one = self.state_seconds(axis, bytes_ / buckets)

@@ -14,6 +14,7 @@ class Software:
         overlap_tensor: which collectives along the tensor axis run beside products: "all", cut into pieces beside the pieces of their own
             product; "independent", beside the other product of a layer's backward pass, which does not wait for them; "" none.
         prefetch: phases in which the next block's parameters are gathered while this one computes.
+        sums_microbatches: below ZeRO-2, gradients of microbatches are summed before they are reduced; pipelines always do it.
         reduces_whole: gradients are all-reduced even where their slots are split.
         launch_seconds: what the host takes to launch one operation; it matters where the device is faster.
         collective_seconds: what the host takes to launch one collective of a microbatch.
@@ -31,6 +32,7 @@ class Software:
     overlap_gradients: bool = True
     overlap_tensor: str = ""
     prefetch: tuple[str, ...] = ("forward", "backward")
+    sums_microbatches: bool = False
     reduces_whole: bool = False
     launch_seconds: float = 0.0
     collective_seconds: float = 0.0
