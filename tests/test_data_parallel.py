@@ -24,8 +24,12 @@ def trained(make, plan, **options):
     return keras.tree.flatten((history.history, scores, outputs, state))
 
 
+QUICK = ("sequence", "many_inputs_and_outputs")
+"""The others' batches are split in test_plans too, together with weights or state: here they are slow tests."""
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO])
 def test_eight_devices_give_the_numbers_of_one(name):
     for one, eight in zip(trained(ZOO[name], "single"), trained(ZOO[name], "data=8"), strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-12, atol=1e-12)
