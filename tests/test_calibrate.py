@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from parafit import calibrate, probes, residuals
+from parafit import calibrate, heap, probes, residuals
 from parafit.cost import Pricing, price
 from parafit.machine import Device
 from parafit.networks import named
@@ -282,3 +282,21 @@ def test_a_corrected_prediction_is_nearer_to_what_comes():
 def test_residuals_need_no_jax():
     script = "import sys, parafit.residuals; print([name for name in ('jax', 'keras') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_probes_are_compiled_and_timed_with_the_heap_as_a_fit_keeps_it(monkeypatch):
+    seen = []
+
+    def watch(name):
+        original = getattr(probes.Probe, name)
+
+        def watched(probe):
+            seen.append((name, heap._compiling > 0, heap._runs > 0))
+            return original(probe)
+
+        monkeypatch.setattr(probes.Probe, name, watched)
+
+    watch("compile")
+    watch("time")
+    calibrate._measure([probes._elementwise(2**10)], ends=0.0)
+    assert set(seen) == {("compile", True, True), ("time", False, True)}
