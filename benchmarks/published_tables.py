@@ -347,7 +347,7 @@ def fms(row: Row) -> Case:
         shape=shape,
         plan=plan,
         machine=_cluster("a100x8", row, "25Gb"),
-        software=SUMMED,
+        software=Software(),
         seconds=seconds,
         fits=True,
         label=row["model"],

@@ -123,13 +123,12 @@ def test_it_is_the_loop_written_by_hand_in_float64(kind):
 
 
 PLANS = ("data=8", "data=4,tensor=2", "data=8,zero=3", "recompute=blocks", "microbatches=4")
-SLOW_PLANS = [pytest.param(Plain, plan, marks=pytest.mark.slow) for plan in ("tensor=8", "data=8,zero=1")]
+CASES = [(Plain, plan) for plan in PLANS] + [(Coupled, "data=8,zero=3"), (Coupled, "data=4,tensor=2")]
+CASES += [pytest.param(Plain, plan, marks=pytest.mark.slow) for plan in ("tensor=8", "data=8,zero=1")]
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(
-    ("kind", "plan"), [*((Plain, plan) for plan in PLANS), *SLOW_PLANS, (Coupled, "data=8,zero=3"), (Coupled, "data=4,tensor=2")]
-)
+@pytest.mark.parametrize(("kind", "plan"), CASES)
 def test_a_plan_gives_the_numbers_of_one_device(kind, plan):
     for one, many in zip(on_one_device(kind), fitted(kind, "float64", plan)[1], strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-12, atol=1e-12)
