@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 def _same_start():
     keras.utils.set_random_seed(1)
     yield
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from .zoo import ZOO, mlp, programs
 
 
 def trained(make, plan, **options):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(11)
     model, x, y = make()
     history = parafit.fit(model, x, y, plan=plan, verbose=0, **({"batch_size": 16, "epochs": 2, "validation_split": 0.2} | options))

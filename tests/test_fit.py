@@ -16,7 +16,7 @@ def run_both(make, *, tolerance, fit=None, before=lambda model: None, evaluates=
     options = {"batch_size": 16, "epochs": 3, "verbose": 0} | (fit or {})
     seen = []
     for run in (keras.Model, parafit):
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         keras.utils.set_random_seed(7)
         model, x, y = make()
         before(model)

@@ -175,7 +175,7 @@ def cases():
 
 
 def trained(make, plan, batch_size=16, **options):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(11)
     model, x, y = make()
     history = parafit.fit(model, x, y, plan=plan, verbose=0, batch_size=batch_size, epochs=2, **options)
