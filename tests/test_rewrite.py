@@ -167,16 +167,14 @@ def test_pools_side_by_side_in_networks_that_train(window, start, join, dtype):
     assert f"fast_reduce_window_{join.__name__.replace('add', 'sum')}" in close(gradients(network, *args), *args)
 
 
-@pytest.mark.parametrize("layout", ["last", "first"])
-@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize(("strides", "layout"), [(1, "first"), (2, "last")])
 @pytest.mark.parametrize("space", [1, 3])
 def test_convolutions_of_one_and_three_dims(space, strides, layout, dtype):
     args = operands(layout, space, 3, 4, 1, dtype, size=6)
     assert close(gradients(convolution(strides=strides, layout=layout, space=space), *args), *args) == {"fast_conv_general_dilated"}
 
 
-@pytest.mark.parametrize("layout", ["last", "first"])
-@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize(("strides", "layout"), [(1, "last"), (2, "first")])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "groups"),
     [(6, 6, 6), (6, 12, 6), (8, 4, 2), (16, 8, 2), (24, 48, 12), (40, 80, 40), (80, 80, 10)],
