@@ -1,5 +1,6 @@
 """Keras models as pure steps over explicit state. Only this module and `compat` import Keras."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +68,11 @@ class Step:
     def weights(self) -> Sequence[Any]:
         """The weights that training changes, whether or not this step does."""
         return self.variables[0] if self.name == "train" else self.fixed_variables
+
+    @property
+    def weight_count(self) -> int:
+        """Numbers in all `weights` together."""
+        return sum(math.prod(weight.shape) for weight in self.weights)
 
     @property
     def owners(self) -> tuple[list[Owner], tuple[list[Owner], ...]]:
