@@ -60,6 +60,7 @@ WORKLOADS = {
             classes=10,
             batch_size=128,
             steps=200,
+            epochs=4,
         ),
         Workload(
             name="mlp-large",
@@ -80,6 +81,7 @@ WORKLOADS = {
             classes=10,
             batch_size=128,
             steps=200,
+            epochs=4,
             batch_norm=True,
             dropout=0.2,
         ),
@@ -114,6 +116,7 @@ WORKLOADS = {
             classes=2,
             batch_size=256,
             steps=390,
+            epochs=4,
         ),
     )
 }

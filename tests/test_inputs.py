@@ -266,21 +266,22 @@ def test_blocks_hold_every_row_once_in_order():
 @pytest.mark.parametrize("plan", ["single", "data=8"])
 def test_data_that_stays_on_the_devices_gives_the_same_numbers(plan, monkeypatch):
     streamed = losses(parafit, X, Y, batch_size=8, plan=plan)
-    monkeypatch.setattr(parafit.mesh.Placement, "keeps", lambda self, byte_count, work: True)
+    monkeypatch.setattr(parafit.mesh.Placement, "keeps", lambda self, byte_count, **_: True)
     np.testing.assert_array_equal(losses(parafit, X, Y, batch_size=8, plan=plan), streamed)
 
 
 @pytest.mark.parametrize(
-    ("plan", "byte_count", "work", "keeps"),
+    ("plan", "byte_count", "work", "epochs", "keeps"),
     [
-        ("single", 1 << 20, 4_000_000, True),
-        ("single", 1 << 20, 2_000_000, False),
-        ("single", 1 << 30, 4_000_000, False),
-        ("data=8", 1 << 20, 4_000_000, False),
+        ("single", 1 << 20, 4_000_000, 5, True),
+        ("single", 1 << 20, 4_000_000, 4, False),
+        ("single", 1 << 20, 2_000_000, 5, False),
+        ("single", 1 << 30, 4_000_000, 5, False),
+        ("data=8", 1 << 20, 4_000_000, 5, False),
     ],
 )
-def test_steps_that_use_all_cores_of_a_cpu_look_their_rows_up(plan, byte_count, work, keeps):
-    assert parafit.mesh.Placement(parafit.Plan.parse(plan)).keeps(byte_count, work) == keeps
+def test_steps_that_use_all_cores_of_a_cpu_look_their_rows_up(plan, byte_count, work, epochs, keeps):
+    assert parafit.mesh.Placement(parafit.Plan.parse(plan)).keeps(byte_count, work=work, epochs=epochs) == keeps
 
 
 def test_a_fit_of_a_large_network_takes_no_batches_on_the_host(monkeypatch):
@@ -288,5 +289,5 @@ def test_a_fit_of_a_large_network_takes_no_batches_on_the_host(monkeypatch):
     monkeypatch.setattr(Feed, "_gather_into", lambda self, rows: taken.append(rows))
     model = keras.Sequential([keras.Input((40,)), layers.Dense(4096, "relu"), layers.Dense(1)])
     model.compile("sgd", "mse")
-    parafit.fit(model, np.ones((64, 40)), np.ones(64), batch_size=32, verbose=0)
+    parafit.fit(model, np.ones((64, 40)), np.ones(64), batch_size=32, epochs=5, verbose=0)
     assert not taken

@@ -102,7 +102,7 @@ def fit(
     if verbose and placement.plan.ranking:
         print(placement.plan)
     placement = settle(placement, step, program)
-    feed.keep_on(placement, step.weight_count)
+    feed.keep_on(placement, weight_count=step.weight_count, epochs=epochs - initial_epoch)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
     pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
     feed.limit(pace.strides)

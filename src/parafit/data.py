@@ -89,12 +89,12 @@ class Feed:
             return jax.tree.map(_spec, self.example() if self._drawn is None else self._drawn)
         return jax.tree.map(lambda array: _rows_spec(array, self.rows_per_batch), self._arrays)
 
-    def keep_on(self, placement: Placement, weight_count: int) -> None:
-        """Keep the data on the devices where a model of so many weights is fed best from there; blocks then carry row numbers."""
+    def keep_on(self, placement: Placement, *, weight_count: int, epochs: int) -> None:
+        """Keep the data on the devices where so many epochs of so many weights are fed best from there; blocks then carry row numbers."""
         if self._arrays is None:
             return
         specs = jax.tree.map(lambda array: _rows_spec(array, len(array)), self._arrays)
-        if placement.keeps(_byte_count(specs), weight_count * self.rows_per_batch):
+        if placement.keeps(_byte_count(specs), work=weight_count * self.rows_per_batch, epochs=epochs):
             self._table = jax.tree.map(lambda array, spec: jax.device_put(_aligned(array, spec), placement.replicated), self._arrays, specs)
 
     def restart(self) -> None:

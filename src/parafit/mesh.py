@@ -16,6 +16,8 @@ RESIDENT_SHARE = 0.25
 """Data stays on an accelerator if it takes less than this share of the memory that is free there."""
 LOOKED_UP_BYTES = 1 << 29
 """At most this much data is copied to be looked up by a CPU's steps."""
+LOOKED_UP_EPOCHS = 5
+"""In fewer epochs the copy does not pay."""
 LOOKUP_WORK = 3_000_000
 """From this product of weights and rows on, a CPU's step uses all its cores, and taking the next rows beside it slows it down more than
 looking its rows up itself (decision 0001)."""
@@ -128,16 +130,17 @@ class Placement:
         """A block's arrays of shape (steps, batch, ...) brought to the devices."""
         return jax.device_put(arrays, None if self.mesh is None else self.blocks(arrays))
 
-    def keeps(self, byte_count: int, work: int) -> bool:
+    def keeps(self, byte_count: int, *, work: int, epochs: int) -> bool:
         """Whether steps should look their rows up in data of this size that stays on the devices, rather than get them in blocks.
 
         Args:
             byte_count: of the data, as the devices hold it.
             work: weights of the model times rows of a batch.
+            epochs: that will run.
         """
         device = jax.devices()[0]
         if device.platform == "cpu":
-            return self.mesh is None and work >= LOOKUP_WORK and byte_count <= LOOKED_UP_BYTES
+            return self.mesh is None and work >= LOOKUP_WORK and epochs >= LOOKED_UP_EPOCHS and byte_count <= LOOKED_UP_BYTES
         memory = device.memory_stats() or {}
         return byte_count < RESIDENT_SHARE * (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0))
 
