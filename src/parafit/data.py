@@ -95,7 +95,8 @@ class Feed:
             return
         specs = jax.tree.map(lambda array: _rows_spec(array, len(array)), self._arrays)
         if placement.keeps(_byte_count(specs), work=weight_count * self.rows_per_batch, epochs=epochs):
-            self._table = jax.tree.map(lambda array, spec: jax.device_put(_aligned(array, spec), placement.replicated), self._arrays, specs)
+            held = _aligned if jax.default_backend() == "cpu" else lambda array, spec: np.asarray(array, spec.dtype)
+            self._table = jax.tree.map(lambda array, spec: jax.device_put(held(array, spec), placement.replicated), self._arrays, specs)
 
     def restart(self) -> None:
         """Start again from the source's beginning."""

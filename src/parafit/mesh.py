@@ -17,7 +17,7 @@ RESIDENT_SHARE = 0.25
 LOOKED_UP_BYTES = 1 << 29
 """At most this much data is copied to be looked up by a CPU's steps."""
 LOOKED_UP_EPOCHS = 5
-"""In fewer epochs the copy does not pay."""
+"""Epochs from which the copy is made; it pays after 1 to 25, by the memory that it gets (decision 0001)."""
 LOOKUP_WORK = 3_000_000
 """From this product of weights and rows on, a CPU's step uses all its cores, and taking the next rows beside it slows it down more than
 looking its rows up itself (decision 0001)."""
