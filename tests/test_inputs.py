@@ -1,5 +1,7 @@
 """Every kind of data Keras takes, and clear words about data nobody can take."""
 
+import itertools
+
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -13,6 +15,7 @@ from keras import layers
 import parafit
 from parafit.data import Feed
 from parafit.errors import BackendError, DataError, ModelError, NonFiniteLossError, ParafitError
+from parafit.safeguard import Safeguard
 
 ROWS = 50
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
@@ -243,6 +246,32 @@ def test_weights_that_a_gradient_spoilt_are_brought_back():
     for now, good in zip(model.get_weights(), before):
         np.testing.assert_array_equal(now, good)
     assert all(np.isfinite(variable.numpy()).all() for variable in model.optimizer.variables)
+
+
+def test_weights_that_are_nan_before_training_are_named():
+    model = linear()
+    model.compile("sgd", "mse")
+    model.layers[0].kernel.assign(np.full((4, 1), np.nan))
+    with pytest.raises(NonFiniteLossError, match=r"Before training, these weights already were NaN or infinite: .*kernel\."):
+        parafit.fit(model, X, Y, batch_size=8, verbose=0)
+
+
+def test_copies_of_the_state_take_a_hundredth_of_the_time(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("parafit.safeguard.time.perf_counter", lambda: float(next(clock)))  # so that a copy takes a second
+
+    def state(number):
+        return [jnp.full(100, number)], [], [jnp.full(100, number)] * 2, []
+
+    guard = Safeguard()
+    guard.update(state(1.0))  # of weights alone: the next, of three times as much, will take three seconds
+    for _ in range(299):
+        guard.update(state(2.0))
+    np.testing.assert_array_equal(guard.mend(state(2.0))[0][0][0], np.ones(100))
+    guard.update(state(3.0))
+    mended, seconds = guard.mend(state(4.0))
+    np.testing.assert_array_equal(mended[2][1], np.full(100, 3.0))
+    assert seconds == 2.0
 
 
 def test_terminate_on_nan_ends_without_an_error():

@@ -18,7 +18,7 @@ from parafit.layout import lay_out, resolve, split_by_dims
 from parafit.mesh import Placement
 from parafit.plan import AXES, Plan
 from parafit.program import Program, Tensor
-from parafit.safeguard import Safeguard
+from parafit.safeguard import Safeguard, is_finite
 
 CONTROL_SECONDS = 0.2
 _TRIALS = 4
@@ -209,6 +209,12 @@ class Progress:
         self._state = self._written
         self._step.write(self._state)
         return seconds
+
+    def find_non_finite(self) -> str:
+        """In words, which of the model's weights are NaN or infinite; empty where none is."""
+        weights = zip(self._step.owners[1][0], self._state[0])
+        bad = [owner.path for owner, array in weights if not is_finite(array)]
+        return f"Before training, these weights already were NaN or infinite: {', '.join(bad)}." if bad else ""
 
     def leave(self) -> None:
         """Let the model hold the state on its first device, as it was before the run."""

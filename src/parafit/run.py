@@ -128,7 +128,7 @@ def _train_epoch(epoch: int, feed: Feed, progress: Progress, callbacks, pace: Pa
         if not group.healthy:
             seconds = progress.recover()
             if not model.stop_training:
-                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed)
+                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.find_non_finite() or progress.find_non_finite())
         if model.stop_training:
             break
     return logs
@@ -161,8 +161,8 @@ def _rows(steps: int, outputs: Any) -> Any:
     return jax.tree.map(lambda array: np.asarray(array)[:steps].reshape((-1, *array.shape[2:])), outputs)
 
 
-def _bad_loss(epoch: int, step: int, loss: float, seconds: float, feed: Feed) -> NonFiniteLossError:
-    causes = feed.find_non_finite() or (
+def _bad_loss(epoch: int, step: int, loss: float, seconds: float, found: str) -> NonFiniteLossError:
+    causes = found or (
         "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
     )
     return NonFiniteLossError(

@@ -18,7 +18,7 @@ _GUARDED_GROUPS = 3
 class Safeguard:
     """A copy of the training state in host memory, renewed as often as `SHARE` allows, and only with finite values.
 
-    The first copy, at the start, is of weights and scalars alone: averages kept by an optimizer start from zero there.
+    The first copy, at the start, is of weights and scalars alone, whatever they are: averages kept by an optimizer start from zero there.
     """
 
     def __init__(self):
@@ -30,15 +30,17 @@ class Safeguard:
         started = time.perf_counter()
         if started < self._due:
             return
+        guarded = state[:_GUARDED_GROUPS]
         first = self._copy is None
-        copy = [
-            [np.array(array) if _is_kept(number, array, first) else None for array in group]
-            for number, group in enumerate(state[:_GUARDED_GROUPS])
-        ]
-        if all(_is_good(array) for array in jax.tree.leaves(copy)):
-            self._copy, self._time = copy, started
+        kept = [[np.asarray(array) if _is_kept(number, array, first) else None for array in group] for number, group in enumerate(guarded)]
+        if first or all(map(is_finite, jax.tree.leaves(kept))):
+            before = self._copy or [[None] * len(group) for group in kept]
+            self._copy = [[_copied(*pair) for pair in zip(*groups)] for groups in zip(kept, before)]
+            self._time = started
         now = time.perf_counter()
-        self._due = now + (now - started) / SHARE
+        # What the next copy will take: it is of everything.
+        whole, part = _byte_count(guarded), _byte_count(kept)
+        self._due = now + (now - started) * whole / max(part, 1) / SHARE
 
     def mend(self, state: State) -> tuple[State, float]:
         """The last good state with the metrics of now, and how many seconds old it is."""
@@ -50,9 +52,24 @@ def _is_kept(group_number: int, array, first: bool) -> bool:
     return not first or group_number < _WEIGHT_GROUPS or array.ndim == 0
 
 
-def _is_good(array) -> bool:
-    return not jax.numpy.issubdtype(array.dtype, np.inexact) or bool(np.isfinite(np.sum(array, dtype=np.float64)))
+def is_finite(array) -> bool:
+    """Whether all numbers are finite, by their sum, which overflows only where they are about to."""
+    if not jax.numpy.issubdtype(array.dtype, np.inexact):
+        return True
+    return bool(np.isfinite(np.sum(array, dtype=np.promote_types(array.dtype, np.float32))))
+
+
+def _copied(array, copy):
+    """A copy of an array, in the memory of the copy before where there is one: the system takes its time to give new memory."""
+    if array is None or copy is None:
+        return None if array is None else np.array(array)
+    np.copyto(copy, array)
+    return copy
+
+
+def _byte_count(arrays) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(arrays))
 
 
 def _better(array, copy) -> jax.Array:
-    return jax.numpy.zeros(array.shape, array.dtype) if copy is None else jax.numpy.asarray(copy)
+    return jax.numpy.zeros(array.shape, array.dtype) if copy is None else jax.numpy.array(copy)
