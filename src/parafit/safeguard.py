@@ -10,6 +10,8 @@ from parafit.adapt import State
 
 SHARE = 0.01
 """Copying takes at most this share of the time: a small network is copied before every group, a large one now and then."""
+_NEW_BYTES_PER_SECOND = 5e8
+"""At which a system gives a process memory that it clears first: measured on a virtual machine, where it takes longest."""
 # A training state holds the trainable weights, the other weights, the optimizer's variables and the metrics.
 _WEIGHT_GROUPS = 2
 _GUARDED_GROUPS = 3
@@ -38,9 +40,9 @@ class Safeguard:
             self._copy = [[_copied(*pair) for pair in zip(*groups)] for groups in zip(kept, before)]
             self._time = started
         now = time.perf_counter()
-        # What the next copy will take: it is of everything.
-        whole, part = _byte_count(guarded), _byte_count(kept)
-        self._due = now + (now - started) * whole / max(part, 1) / SHARE
+        # What the next copy will take: it is of everything, and what the first left out needs new memory.
+        whole, part, held = map(_byte_count, (guarded, kept, self._copy))
+        self._due = now + ((now - started) * whole / max(part, 1) + (whole - held) / _NEW_BYTES_PER_SECOND) / SHARE
 
     def mend(self, state: State) -> tuple[State, float]:
         """The last good state with the metrics of now, and how many seconds old it is."""
