@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def few_probes():
-    yield from (probes._network(2), probes._network(4), probes._turn(), probes._matmul("float32", 16, 16, 16))
+    yield from (probes._network(2), probes._network(4), probes._turn(), *probes._layer(16, 16, 16))
     for size in (2**10, 2**14):
         yield from (probes._elementwise(size), probes._update(size), *probes._reductions(size), probes._slice(size))
         yield from (probes._function("exp", jax.numpy.exp, size), probes._arithmetic(size))
@@ -76,7 +76,7 @@ def test_a_calibration_has_curves_that_rise_and_products_of_every_form(calibrate
     for points in device.curves.values():
         assert all(small <= large and fast <= slow for (small, fast), (large, slow) in itertools.pairwise(points))
     forms = {row[0] for row in device.matmul.table}
-    assert {"float32", "float64", "float32 batched", "float32 convolution", "float32 correlation"} <= forms
+    assert {"float32", "float32 gradient", "float64", "float32 batched", "float32 convolution", "float32 correlation"} <= forms
 
 
 def test_a_calibrated_machine_prices_more_work_higher(calibrated):
@@ -146,14 +146,13 @@ def test_rows_of_a_near_table_come_faster():
 
 
 def test_probes_compute_what_they_say():
+    x, kernel, result = np.arange(12.0).reshape(3, 4), np.arange(20.0).reshape(4, 5), np.arange(15.0).reshape(3, 5)
     probe = probes._matmul("float32", 3, 4, 5)
-    x, kernel = np.arange(12.0).reshape(3, 4), np.arange(20.0).reshape(4, 5)
-    found = probe.body((x, kernel))
-    for _ in range(2):
-        result = x @ kernel
-        x, kernel = result @ kernel.T, x.T @ result
-    assert all(np.allclose(ours, theirs) for ours, theirs in zip(found, (x, kernel)))
-    assert probe.runs == 6
+    np.testing.assert_allclose(probe.body((x, kernel))[0], x @ kernel @ kernel.T)
+    assert (probe.size, probe.runs) == ((3, 4, 5), 2)
+    probe = probes._kernel_gradient("float32", 3, 4, 5)
+    np.testing.assert_allclose(probe.body((x, kernel, result))[1], x.T @ result)
+    assert (probe.size, probe.runs) == ((5, 3, 4), 1)
     sizes = [probe.size for probe in probes.probes() if probe.kind == "elementwise"]
     assert sizes == sorted(sizes)
 

@@ -310,13 +310,21 @@ def test_data_that_stays_on_the_devices_gives_the_same_numbers(plan, monkeypatch
     ],
 )
 def test_steps_that_use_all_cores_of_a_cpu_look_their_rows_up(plan, byte_count, work, epochs, keeps):
-    assert parafit.mesh.Placement(parafit.Plan.parse(plan)).keeps(byte_count, work=work, epochs=epochs) == keeps
+    assert parafit.mesh.Placement(parafit.Plan.parse(plan)).keeps(byte_count, work=lambda: work, epochs=epochs) == keeps
 
 
-def test_a_fit_of_a_large_network_takes_no_batches_on_the_host(monkeypatch):
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        ([layers.Dense(4096, "relu"), layers.Dense(1)], (40,)),
+        ([layers.Conv1D(64, 3), layers.GlobalMaxPooling1D(), layers.Dense(1)], (66, 8)),
+    ],
+    ids=["dense", "convolution"],
+)
+def test_a_fit_of_much_work_takes_no_batches_on_the_host(network, shape, monkeypatch):
     taken = []
     monkeypatch.setattr(Feed, "_gather_into", lambda self, rows: taken.append(rows))
-    model = keras.Sequential([keras.Input((40,)), layers.Dense(4096, "relu"), layers.Dense(1)])
+    model = keras.Sequential([keras.Input(shape), *network])
     model.compile("sgd", "mse")
-    parafit.fit(model, np.ones((64, 40)), np.ones(64), batch_size=32, epochs=5, verbose=0)
+    parafit.fit(model, np.ones((64, *shape)), np.ones(64), batch_size=32, epochs=5, verbose=0)
     assert not taken

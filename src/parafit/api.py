@@ -5,6 +5,7 @@ over to `run`, which runs whole chunks of steps in compiled programs and calls t
 """
 
 import warnings
+from functools import partial
 from typing import Any
 
 from parafit import compat, data, forecast, run
@@ -102,7 +103,7 @@ def fit(
     if verbose and placement.plan.ranking:
         print(placement.plan)
     placement = settle(placement, step, program)
-    feed.keep_on(placement, weight_count=step.weight_count, epochs=epochs - initial_epoch)
+    feed.keep_on(placement, work=partial(forecast.multiply_adds, step, program), epochs=epochs - initial_epoch)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
     pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
     feed.limit(pace.strides)

@@ -31,7 +31,7 @@ from parafit.program import Program
 from parafit.software import Software
 from parafit.trace import trace_loss
 
-_LEAST_ROUNDS, _LEAST_PROBES = 4, 8
+_LEAST_ROUNDS, _LEAST_PROBES = 4, 9
 _TURNS = 8
 _SHORT_BYTES, _LONG_BYTES = 8, 1 << 22
 _PRESETS = (("B200", "b200x8"), ("H200", "h200x8"), ("H100", "h100x8"), ("A100.*40GB", "a100x8-40gb"), ("A100", "a100x8"))

@@ -89,12 +89,18 @@ class Feed:
             return jax.tree.map(_spec, self.example() if self._drawn is None else self._drawn)
         return jax.tree.map(lambda array: _rows_spec(array, self.rows_per_batch), self._arrays)
 
-    def keep_on(self, placement: Placement, *, weight_count: int, epochs: int) -> None:
-        """Keep the data on the devices where so many epochs of so many weights are fed best from there; blocks then carry row numbers."""
+    def keep_on(self, placement: Placement, *, work: Callable[[int], float], epochs: int) -> None:
+        """Keep the data on the devices where so many epochs are fed best from there; blocks then carry row numbers.
+
+        Args:
+            placement: the devices.
+            work: gives the multiply-adds of the forward pass of so many rows.
+            epochs: that will run.
+        """
         if self._arrays is None:
             return
         specs = jax.tree.map(lambda array: _rows_spec(array, len(array)), self._arrays)
-        if placement.keeps(_byte_count(specs), work=weight_count * self.rows_per_batch, epochs=epochs):
+        if placement.keeps(_byte_count(specs), work=lambda: work(self.rows_per_batch), epochs=epochs):
             held = _aligned if jax.default_backend() == "cpu" else lambda array, spec: np.asarray(array, spec.dtype)
             self._table = jax.tree.map(lambda array, spec: jax.device_put(held(array, spec), placement.replicated), self._arrays, specs)
 

@@ -19,6 +19,9 @@ from parafit.progress import Progress
 from parafit.search import search
 from parafit.software import Software
 
+_KERNEL_DIMS = 3
+"""Of a convolution's kernel at least: over a sequence."""
+
 WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
 
@@ -67,6 +70,23 @@ def best_plan(step: Step, program: Callable[[], Program]) -> Plan:
     except PlanError as error:
         raise PlanError(f"{error} plan='single' runs it on one device all the same, as far as its memory goes.") from error
     return Plan() if fits and alone.seconds < WORTH * ranking.best.cost.seconds else ranking.plan
+
+
+def multiply_adds(step: Step, program: Callable[[], Program], rows: int) -> float:
+    """Multiply-adds of the forward pass of so many rows: one a weight, but where convolutions use theirs at many places.
+
+    Args:
+        step: what is to run.
+        program: gives its program, of a batch of `rows`.
+    """
+    least = float(step.weight_count * rows)
+    if all(len(weight.shape) < _KERNEL_DIMS for weight in step.weights):
+        return least
+    try:
+        convolutions = [each for each in program().operations if each.kind == "convolution" and each.phase == "forward"]
+    except (ModelError, ProgramError):
+        return least
+    return max(least, sum(each.flops * each.count * each.steps for each in convolutions) / 2)
 
 
 def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], Program]) -> Price:

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ PRESETS = Path(__file__).parent / "machines"
 
 _FORMAT = 1
 _SOFT, _STIFF = 0.3, 0.03
+_LINE_BYTES, _PAGE_BYTES = 64, 4096
 """Of the plane through measured rates: what is added to squared distances, so that one measurement does not decide alone; and to slopes."""
 
 
@@ -38,8 +39,8 @@ class Matmul:
             precision does less in that time).
         alignment: (bytes, share): a row whose bytes are a multiple of so many is read at that share; largest first. Empty: all alike.
         table: (precision, rows, inner, columns, FLOP/s) measured; where it has the precision, it is used and the geometry is not. Other
-            ways to run a product are rows of their own: "float32 batched" (many at once), "float32 convolution" (a convolution by the
-            product it stands for), "float32 correlation" (the gradient of its kernel).
+            ways to run a product are rows of their own: "float32 gradient" (of a dense layer's kernel), "float32 batched" (many at once),
+            "float32 convolution" (a convolution by the product it stands for), "float32 correlation" (the gradient of its kernel).
     """
 
     best: Mapping[str, float] = field(default_factory=dict)
@@ -117,7 +118,7 @@ class Device:
         return before[1] * (after[1] / before[1]) ** weight
 
     def matmul_seconds(self, precision: str, shape: tuple[float, ...], form: str = "") -> float:
-        """Seconds that the arithmetic of a product of (batches, rows, inner, columns) takes; `form`: "convolution" or "correlation".
+        """Seconds that the arithmetic of a product of (batches, rows, inner, columns) takes; `form`: "gradient", "convolution" or "correlation".
 
         Tile and wave quantisation as in NVIDIA, *Matrix Multiplication Background User's Guide* (2023), section 3.
 
@@ -265,28 +266,42 @@ class Machine:
 
 
 def _measured_rate(table, precision, rows, inner, columns) -> float:
-    """The rate at a shape from measured ones: a plane through the logarithms of those near by (locally weighted regression, Cleveland
-    1979), each weighted by the inverse sixth power of the logarithmic distance. What is larger than all of them is as fast as the largest.
+    """The rate at a shape from measured ones: a plane through the logarithms of those alike (locally weighted regression, Cleveland
+    1979; `_traits`), each weighted by the inverse sixth power of the distance between them. What is larger than all is as fast as the largest.
     """
-    known = [(tuple(map(math.log2, shape)), math.log(rate)) for name, *shape, rate in table if name == precision]
+    known = [(shape, math.log(rate)) for name, *shape, rate in table if name == precision]
     if not known:
         return 0.0
     most = [max(values) for values in zip(*(shape for shape, _ in known))]
-    wanted = [min(math.log2(size), limit) for size, limit in zip((rows, inner, columns), most)]
+    wanted = [min(size, limit) for size, limit in zip((rows, inner, columns), most)]
+    here = _traits(wanted, precision)
     lines = []
     for shape, value in known:
-        offset = [1.0, *(place - here for place, here in zip(shape, wanted))]
+        offset = [1.0, *(place - ours for place, ours in zip(_traits(shape, precision), here))]
         distance = sum(part**2 for part in offset[1:])
         if distance < 1e-9:
             return math.exp(value)
         lines.append((offset, value, (distance + _SOFT) ** -3))
     stiff = _STIFF * sum(weight for *_, weight in lines)
+    places = range(1 + len(here))
     matrix = [
-        [sum(w * a[i] * a[j] for a, _, w in lines) + stiff * (i == j > 0) for j in range(4)] + [sum(w * a[i] * v for a, v, w in lines)]
-        for i in range(4)
+        [sum(w * a[i] * a[j] for a, _, w in lines) + stiff * (i == j > 0) for j in places] + [sum(w * a[i] * v for a, v, w in lines)]
+        for i in places
     ]
     fastest = max(value for _, value in known)
     return math.exp(min(fastest, _solved(matrix)[0]))
+
+
+def _traits(shape: Sequence[float], name: str) -> list[float]:
+    """What the rate of a product follows: its sizes, and how far the rows of its matrices fall on the same places of a cache."""
+    rows, inner, columns = shape
+    widths = (rows, columns) if name.endswith("gradient") else (inner, columns)  # of a kernel's gradient both operands lie upright
+    return [*map(math.log2, shape), *map(_aliasing, widths)]
+
+
+def _aliasing(size: float) -> float:
+    """0 where rows of so many float32 numbers start at any of a cache's lines in turn, 2 where all start at the same: whole pages apart."""
+    return math.log2(max(1, math.gcd(4 * int(size), _PAGE_BYTES) // _LINE_BYTES)) / 3
 
 
 def _solved(matrix: list[list[float]]) -> list[float]:

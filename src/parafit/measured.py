@@ -66,12 +66,12 @@ class Measured:
 
     def product_seconds(self, operation: Operation, share: Share) -> float:
         """A product, by the measured rates of its form; attention that is one operation at the best rate."""
+        result = self.program.tensors[operation.outputs[0]]
         if operation.kind == "convolution":
-            result = self.program.tensors[operation.outputs[0]]
             form = "correlation" if result.role == "gradient" else "convolution"
             return self.device.matmul_seconds(self.precision, _product_of(result, share.flops), form)
         if operation.kind == "matmul" and share.shape:
-            return self.device.matmul_seconds(self.precision, share.shape)
+            return self.device.matmul_seconds(self.precision, share.shape, "gradient" if result.role == "gradient" else "")
         return share.flops / self.device.peak(self.precision)
 
     def missing_seconds(self, operation: Operation, bytes_: float) -> float:

@@ -19,7 +19,7 @@ LOOKED_UP_BYTES = 1 << 29
 LOOKED_UP_EPOCHS = 5
 """Epochs from which the copy is made; it pays after 1 to 25, by the memory that it gets (decision 0001)."""
 LOOKUP_WORK = 3_000_000
-"""From this product of weights and rows on, a CPU's step uses all its cores, and taking the next rows beside it slows it down more than
+"""From so many multiply-adds in a forward pass on, a CPU's step uses all its cores, and taking the next rows beside it slows it down more than
 looking its rows up itself (decision 0001)."""
 
 
@@ -130,17 +130,18 @@ class Placement:
         """A block's arrays of shape (steps, batch, ...) brought to the devices."""
         return jax.device_put(arrays, None if self.mesh is None else self.blocks(arrays))
 
-    def keeps(self, byte_count: int, *, work: int, epochs: int) -> bool:
+    def keeps(self, byte_count: int, *, work: Callable[[], float], epochs: int) -> bool:
         """Whether steps should look their rows up in data of this size that stays on the devices, rather than get them in blocks.
 
         Args:
             byte_count: of the data, as the devices hold it.
-            work: weights of the model times rows of a batch.
+            work: gives the multiply-adds of the products and convolutions of a batch's forward pass.
             epochs: that will run.
         """
         device = jax.devices()[0]
         if device.platform == "cpu":
-            return self.mesh is None and work >= LOOKUP_WORK and epochs >= LOOKED_UP_EPOCHS and byte_count <= LOOKED_UP_BYTES
+            few = self.mesh is not None or epochs < LOOKED_UP_EPOCHS or byte_count > LOOKED_UP_BYTES
+            return not few and work() >= LOOKUP_WORK
         memory = device.memory_stats() or {}
         return byte_count < RESIDENT_SHARE * (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0))
 

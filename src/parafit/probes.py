@@ -81,14 +81,14 @@ class Probe:
 
 def probes() -> Iterable[Probe]:
     """All probes, the most telling first: a calibration takes at least the networks, one product and one curve."""
-    yield from (*map(_network, NETWORKS), _turn(), _matmul("float32", 256, 256, 256))
+    yield from (*map(_network, NETWORKS), _turn(), *_layer(256, 256, 256))
     for exponent in (10, 14, 17, 20, 22, 24, 25, 26):
         yield from (_elementwise(2**exponent), _update(2**exponent))
     yield from (_elementwise(2**27), _elementwise(2**28))
     corners = itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024))
-    for rows, inner, columns in itertools.chain(corners, itertools.product((32, 128, 512), repeat=3)):
-        if rows * inner * columns < 2**30 and (rows, inner, columns) != (256, 256, 256):
-            yield _matmul("float32", rows, inner, columns)
+    for shape in itertools.chain(corners, itertools.product((40, 160, 800), repeat=3)):
+        if math.prod(shape) < 2**30 and shape != (256, 256, 256):
+            yield from _layer(*shape)
     for precision, side in itertools.product(("float64", "bfloat16"), (64, 256)):
         yield _matmul(precision, side, side, side)
     for exponent in (8, 12, 16, 20, 23):
@@ -322,16 +322,36 @@ def _sort(bytes_: int) -> Probe:
 
 
 def _matmul(precision: str, rows: int, inner: int, columns: int) -> Probe:
-    """The three products of a dense layer's training as JAX differentiates it: forward, gradient of the input, gradient of the kernel."""
+    """A dense layer's product and the gradient of its input, as JAX differentiates it."""
+    zeros = _zeros(precision, rows, inner), _zeros(precision, inner, columns)
 
     def body(carry):
-        for _ in range(2):  # the second writes over what only the first reads: nothing is copied
-            result, gradients = jax.vjp(jnp.matmul, *carry)
-            carry = _apart(gradients(_apart(result)))
-        return carry
+        left, kernel = carry
+        result, gradient = jax.vjp(lambda left: left @ kernel, left)
+        return _apart((gradient(_apart(result))[0], kernel))
 
-    zeros = np.zeros((rows, inner), jnp.dtype(precision)), np.zeros((inner, columns), jnp.dtype(precision))  # which stay zeros
-    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=zeros, runs=6)
+    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=zeros, runs=2)
+
+
+def _kernel_gradient(precision: str, rows: int, inner: int, columns: int) -> Probe:
+    """The gradient of a dense layer's kernel, by the product (columns, rows, inner) that JAX makes of it; the next one reads it."""
+    zeros = tuple(_zeros(precision, *shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
+
+    def body(carry):
+        left, kernel, result = carry
+        kernel = _apart(jax.vjp(lambda kernel: left @ kernel, kernel)[1](result)[0])
+        return _apart((_nudged(left, kernel), kernel, result))
+
+    return Probe(part="matmul", kind=f"{precision} gradient", size=(columns, rows, inner), body=body, carry=zeros)
+
+
+def _layer(rows: int, inner: int, columns: int) -> Iterable[Probe]:
+    """All products of a dense layer in float32."""
+    return _matmul("float32", rows, inner, columns), _kernel_gradient("float32", rows, inner, columns)
+
+
+def _zeros(precision: str, *shape: int) -> np.ndarray:
+    return np.zeros(shape, jnp.dtype(precision))
 
 
 def _nudged(array: jax.Array, by: jax.Array) -> jax.Array:
