@@ -118,7 +118,7 @@ class Device:
         return before[1] * (after[1] / before[1]) ** weight
 
     def matmul_seconds(self, precision: str, shape: tuple[float, ...], form: str = "") -> float:
-        """Seconds that the arithmetic of a product of (batches, rows, inner, columns) takes; `form`: "gradient", "convolution" or "correlation".
+        """Seconds that the arithmetic of a product of (batches, rows, inner, columns) takes; `form`: as in `Matmul.table`, or "".
 
         Tile and wave quantisation as in NVIDIA, *Matrix Multiplication Background User's Guide* (2023), section 3.
 
@@ -267,7 +267,7 @@ class Machine:
 
 def _measured_rate(table, precision, rows, inner, columns) -> float:
     """The rate at a shape from measured ones: a plane through the logarithms of those alike (locally weighted regression, Cleveland
-    1979; `_traits`), each weighted by the inverse sixth power of the distance between them. What is larger than all is as fast as the largest.
+    1979; `_traits`), each weighted by the inverse sixth power of the distance. What is larger than all is as fast as the largest.
     """
     known = [(shape, math.log(rate)) for name, *shape, rate in table if name == precision]
     if not known:

@@ -19,8 +19,8 @@ LOOKED_UP_BYTES = 1 << 29
 LOOKED_UP_EPOCHS = 5
 """Epochs from which the copy is made; it pays after 1 to 25, by the memory that it gets (decision 0001)."""
 LOOKUP_WORK = 3_000_000
-"""From so many multiply-adds in a forward pass on, a CPU's step uses all its cores, and taking the next rows beside it slows it down more than
-looking its rows up itself (decision 0001)."""
+"""From so many multiply-adds in a forward pass on, a CPU's step uses all its cores, and taking the next rows beside it slows it down
+more than looking its rows up itself (decision 0001)."""
 
 
 @jax.tree_util.register_dataclass
