@@ -93,6 +93,7 @@ WORKLOADS = {
             classes=10,
             batch_size=64,
             steps=50,
+            epochs=4,
             dropout=0.25,
         ),
         Workload(name="lstm", title="LSTM 64 × 50 steps", family="lstm", input_shape=(50, 16), classes=10, batch_size=64, steps=50),
