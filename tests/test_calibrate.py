@@ -14,7 +14,7 @@ import pytest
 
 from parafit import calibrate, heap, probes, residuals
 from parafit.cost import Pricing, price
-from parafit.machine import Device
+from parafit.machine import Device, Matmul
 from parafit.networks import named
 from parafit.plan import Plan
 from parafit.residuals import Residual, append, correction, load
@@ -155,6 +155,29 @@ def test_probes_compute_what_they_say():
     assert (probe.size, probe.runs) == ((5, 3, 4), 1)
     sizes = [probe.size for probe in probes.probes() if probe.kind == "elementwise"]
     assert sizes == sorted(sizes)
+
+
+def test_gradients_of_kernels_have_rates_of_their_own():
+    """One product forward, one for the kernel's gradient; of batched kernels both are batched products."""
+    curve = ((1e3, 1e-12), (1e9, 1e-12))
+    table = tuple((name, 64, 64, 64, rate) for name, rate in (("float32", 4e9), ("float32 gradient", 1e9), ("float32 batched", 2e9)))
+    device = Device(
+        name="",
+        peak_flops={"float32": 1e10},
+        memory_bytes=1e9,
+        memory_bytes_per_second=1e9,
+        matmul=Matmul(table=table),
+        curves={"elementwise": curve},
+    )
+    machine = replace(calibrate.detect(), device=device)
+
+    def ratio(*batch):
+        square = jax.ShapeDtypeStruct((*batch, 64, 64), np.float32)
+        times = price(trace_loss(lambda kernel, x: (x @ kernel).sum(), square, square), Plan(), machine).times
+        return times["backward matmul"] / times["forward matmul"]
+
+    assert ratio() == pytest.approx(4, rel=1e-3)
+    assert ratio(8) == pytest.approx(1, rel=1e-3)
 
 
 def test_what_was_used_long_ago_is_waited_for():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from parafit.collectives import ALL_REDUCE, KINDS, SEND, Group, seconds
 from parafit.errors import MachineError
 from parafit.machine import PRESETS, Machine
+from parafit.rates import rate_between
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
 
@@ -64,6 +65,15 @@ def test_a_missing_file_names_the_presets():
 def test_a_precision_the_device_lacks():
     with pytest.raises(MachineError, match="no peak_flops for 'bfloat16'"):
         Machine.load("v100x8").device.peak("bfloat16")
+
+
+@pytest.mark.parametrize(("name", "widths"), [("float32", (1, 2)), ("float32 gradient", (0, 2))])
+def test_rates_between_follow_how_rows_share_lines_of_a_cache(name, widths):
+    def shape(width):
+        return [width if place in widths else 64 for place in range(3)]
+
+    rates = [(name, *shape(800), 2e11), (name, *shape(1024), 1e11)]
+    assert rate_between(rates, name, *shape(1000)) > 1.5e11, "1,000 is nearer to 1,024, but its rows start at other lines"
 
 
 def test_a_calibrated_machine_is_a_table_of_rates():

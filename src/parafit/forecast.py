@@ -20,7 +20,7 @@ from parafit.search import search
 from parafit.software import Software
 
 _KERNEL_DIMS = 3
-"""Of a convolution's kernel at least: over a sequence."""
+"""A convolution's kernel has at least these: places, channels, filters."""
 
 WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""

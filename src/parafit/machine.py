@@ -7,20 +7,18 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from parafit.errors import MachineError
+from parafit.rates import rate_between
 
 PRESETS = Path(__file__).parent / "machines"
 
 _FORMAT = 1
-_SOFT, _STIFF = 0.3, 0.03
-_LINE_BYTES, _PAGE_BYTES = 64, 4096
-"""Of the plane through measured rates: what is added to squared distances, so that one measurement does not decide alone; and to slopes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class Matmul:
         """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often."""
         asked = name, rows, inner, columns
         if asked not in self._rates:
-            self._rates[asked] = _measured_rate(self.table, *asked)
+            self._rates[asked] = rate_between(self.table, *asked)
         return self._rates[asked]
 
 
@@ -263,55 +261,6 @@ class Machine:
         """
         inside = min(count, self.devices_per_host)
         return replace(self, devices_per_host=inside, hosts=math.ceil(count / inside))
-
-
-def _measured_rate(table, precision, rows, inner, columns) -> float:
-    """The rate at a shape from measured ones: a plane through the logarithms of those alike (locally weighted regression, Cleveland
-    1979; `_traits`), each weighted by the inverse sixth power of the distance. What is larger than all is as fast as the largest.
-    """
-    known = [(shape, math.log(rate)) for name, *shape, rate in table if name == precision]
-    if not known:
-        return 0.0
-    most = [max(values) for values in zip(*(shape for shape, _ in known))]
-    wanted = [min(size, limit) for size, limit in zip((rows, inner, columns), most)]
-    here = _traits(wanted, precision)
-    lines = []
-    for shape, value in known:
-        offset = [1.0, *(place - ours for place, ours in zip(_traits(shape, precision), here))]
-        distance = sum(part**2 for part in offset[1:])
-        if distance < 1e-9:
-            return math.exp(value)
-        lines.append((offset, value, (distance + _SOFT) ** -3))
-    stiff = _STIFF * sum(weight for *_, weight in lines)
-    places = range(1 + len(here))
-    matrix = [
-        [sum(w * a[i] * a[j] for a, _, w in lines) + stiff * (i == j > 0) for j in places] + [sum(w * a[i] * v for a, v, w in lines)]
-        for i in places
-    ]
-    fastest = max(value for _, value in known)
-    return math.exp(min(fastest, _solved(matrix)[0]))
-
-
-def _traits(shape: Sequence[float], name: str) -> list[float]:
-    """What the rate of a product follows: its sizes, and how far the rows of its matrices fall on the same places of a cache."""
-    rows, inner, columns = shape
-    widths = (rows, columns) if name.endswith("gradient") else (inner, columns)  # of a kernel's gradient both operands lie upright
-    return [*map(math.log2, shape), *map(_aliasing, widths)]
-
-
-def _aliasing(size: float) -> float:
-    """0 where rows of so many float32 numbers start at any of a cache's lines in turn, 2 where all start at the same: whole pages apart."""
-    return math.log2(max(1, math.gcd(4 * int(size), _PAGE_BYTES) // _LINE_BYTES)) / 3
-
-
-def _solved(matrix: list[list[float]]) -> list[float]:
-    """The solution of linear equations, by elimination: the matrix is positive definite."""
-    size = len(matrix)
-    for column in range(size):
-        for row in (row for row in range(size) if row != column):
-            share = matrix[row][column] / matrix[column][column]
-            matrix[row] = [mine - share * other for mine, other in zip(matrix[row], matrix[column])]
-    return [row[-1] / row[place] for place, row in enumerate(matrix)]
 
 
 def _aligned(alignment, itemsize, lengths) -> float:

@@ -71,7 +71,8 @@ class Measured:
             form = "correlation" if result.role == "gradient" else "convolution"
             return self.device.matmul_seconds(self.precision, _product_of(result, share.flops), form)
         if operation.kind == "matmul" and share.shape:
-            return self.device.matmul_seconds(self.precision, share.shape, "gradient" if result.role == "gradient" else "")
+            alone = result.role == "gradient" and share.shape[0] == 1
+            return self.device.matmul_seconds(self.precision, share.shape, "gradient" if alone else "")
         return share.flops / self.device.peak(self.precision)
 
     def missing_seconds(self, operation: Operation, bytes_: float) -> float:

@@ -140,8 +140,8 @@ class Placement:
         """
         device = jax.devices()[0]
         if device.platform == "cpu":
-            few = self.mesh is not None or epochs < LOOKED_UP_EPOCHS or byte_count > LOOKED_UP_BYTES
-            return not few and work() >= LOOKUP_WORK
+            may_pay = self.mesh is None and epochs >= LOOKED_UP_EPOCHS and byte_count <= LOOKED_UP_BYTES
+            return may_pay and work() >= LOOKUP_WORK
         memory = device.memory_stats() or {}
         return byte_count < RESIDENT_SHARE * (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0))
 

@@ -80,7 +80,7 @@ class Probe:
 
 
 def probes() -> Iterable[Probe]:
-    """All probes, the most telling first: a calibration takes at least the networks, one product and one curve."""
+    """All probes, the most telling first: a calibration takes at least the networks, one layer's products and two curves."""
     yield from (*map(_network, NETWORKS), _turn(), *_layer(256, 256, 256))
     for exponent in (10, 14, 17, 20, 22, 24, 25, 26):
         yield from (_elementwise(2**exponent), _update(2**exponent))

@@ -63,8 +63,10 @@ def is_finite(array) -> bool:
 
 def _copied(array, copy):
     """A copy of an array, in the memory of the copy before where there is one: the system takes its time to give new memory."""
-    if array is None or copy is None:
-        return None if array is None else np.array(array)
+    if array is None:
+        return None
+    if copy is None:
+        return np.array(array)
     np.copyto(copy, array)
     return copy
 
