@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ def both(make_callbacks, *, fit=None, read=lambda model, callbacks: None):
         keras.utils.set_random_seed(3)
         model, x, y = mlp()
         listed = make_callbacks()
-        history = run.fit(
-            model, x, y, **({"batch_size": 8, "epochs": 3, "verbose": 0, "validation_split": 0.2} | (fit or {})), callbacks=listed
-        )
+        options = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_split": 0.2} | (fit or {})
+        with jax.softmax_custom_jvp(True):  # parafit's form of the gradient: what is compared must be the same to the last digits
+            history = run.fit(model, x, y, **options, callbacks=listed)
         seen.append((history.epoch, history.history, model.get_weights(), read(model, listed)))
     (epochs, history, weights, read_out), (our_epochs, our_history, our_weights, our_read_out) = seen
     assert our_epochs == epochs

@@ -16,6 +16,7 @@ from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
 from parafit.schedule import CompilerOptions, compiler_options
 from parafit.techniques import planned_function
+from parafit.trace import jaxpr_of
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
 
@@ -113,14 +114,14 @@ def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk
 
 def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) -> tuple[Callable, Any, CompilerOptions]:
     """The step as a function that no longer runs the model's Python code, the shapes of its outputs, and options for the compiler."""
-    traced, (outputs, new_state) = jax.make_jaxpr(planned_function(step, placement, batch), return_shape=True)(fixed, state, batch)
+    closed, (outputs, new_state) = jaxpr_of(planned_function(step, placement, batch), fixed, state, batch)
     if placement.plan.precision == "bfloat16":
-        traced = in_bfloat16(traced)
+        closed = in_bfloat16(closed)
     options: CompilerOptions = {}
     if jax.default_backend() == "cpu":
-        options = compiler_options(traced, seldom=seldom)
-        traced = rewrite_jaxpr(traced)
-    flat = compat.jaxpr_as_function(traced)
+        options = compiler_options(closed, seldom=seldom)
+        closed = rewrite_jaxpr(closed)
+    flat = compat.jaxpr_as_function(closed)
     structure = jax.tree.structure((outputs, new_state))
     owners = step.owners
 

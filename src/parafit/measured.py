@@ -69,11 +69,17 @@ class Measured:
         result = self.program.tensors[operation.outputs[0]]
         if operation.kind == "convolution":
             form = "correlation" if result.role == "gradient" else "convolution"
-            return self.device.matmul_seconds(self.precision, _product_of(result, share.flops), form)
+            return self.device.matmul_seconds(self.precision, self.product_of(result, share.flops), form)
         if operation.kind == "matmul" and share.shape:
             alone = result.role == "gradient" and share.shape[0] == 1
             return self.device.matmul_seconds(self.precision, share.shape, "gradient" if alone else "")
         return share.flops / self.device.peak(self.precision)
+
+    def product_of(self, result: Tensor, flops: float) -> tuple[float, ...]:
+        """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last."""
+        size = self.shares.local_bytes(result) / result.itemsize
+        columns = result.shape[-1] * self.shares.fraction(result.dims[-1:])
+        return 1, size / columns, max(1.0, flops / 2 / size), columns
 
     def missing_seconds(self, operation: Operation, bytes_: float) -> float:
         """What it waits for arrays that were last touched so long ago that nearer memory has lost them, beyond the rate at which an
@@ -152,9 +158,3 @@ class Measured:
         bytes_ = sum(self.shares.local_bytes(tensor) for tensor in self.program.of_role("input"))
         copied = self.device.curve_seconds("slice", 2 * bytes_) if steps_per_dispatch > 1 else 0.0
         return bytes_ / self.device.feed_bytes_per_second / max(1, self.device.cores) + copied
-
-
-def _product_of(result: Tensor, flops: float) -> tuple[float, ...]:
-    """The product of matrices, (1, rows, inner, columns), that a convolution stands for, channels last."""
-    columns = result.shape[-1]
-    return 1, result.size // columns, max(1.0, flops / 2 / result.size), columns

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr
 
 from parafit.arrays import arrays_of
 from parafit.buffers import buffers
@@ -109,18 +110,32 @@ def trace(
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     try:
-        traced = jax.make_jaxpr(function)(*shapes)
+        closed, _ = jaxpr_of(function, *shapes)
     except Exception as error:
         raise _untraceable(error, name) from error
     named = _told_apart(leaves)
     held = [named[id(leaf)] for leaf in results]
-    program = describe(Walk(traced, list(named.values()), held), name)
+    program = describe(Walk(closed, list(named.values()), held), name)
     if lower is None:
         return program
-    walk = Walk(lower(traced), list(named.values()), held)
+    walk = Walk(lower(closed), list(named.values()), held)
     attribute(walk)
     arrays, returned = arrays_of(walk)
-    return replace(with_copies(program, walk, arrays), buffers=buffers(walk, program, arrays, returned, frugal=saves_memory(traced)))
+    return replace(with_copies(program, walk, arrays), buffers=buffers(walk, program, arrays, returned, frugal=saves_memory(closed)))
+
+
+def jaxpr_of(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, Any]:
+    """A function as a jaxpr, and the shapes of what it returns.
+
+    Softmax's gradient is y (g - Σ y g), of its result y: JAX's default, that of exp(x) / Σ exp(x), is the same but for rounding, and moves
+    about twice as much. (JAX 0.10 lists the flag, off by default, among its options.)
+
+    Args:
+        function: of pytrees of arrays.
+        arguments: what it takes: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    with jax.softmax_custom_jvp(True):
+        return jax.make_jaxpr(function, return_shape=True)(*arguments)
 
 
 def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
