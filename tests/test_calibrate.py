@@ -147,37 +147,56 @@ def test_rows_of_a_near_table_come_faster():
 
 def test_probes_compute_what_they_say():
     x, kernel, result = np.arange(12.0).reshape(3, 4), np.arange(20.0).reshape(4, 5), np.arange(15.0).reshape(3, 5)
-    probe = probes._matmul("float32", 3, 4, 5)
-    np.testing.assert_allclose(probe.body((x, kernel))[0], x @ kernel @ kernel.T)
-    assert (probe.size, probe.runs) == ((3, 4, 5), 2)
-    probe = probes._kernel_gradient("float32", 3, 4, 5)
-    np.testing.assert_allclose(probe.body((x, kernel, result))[1], x.T @ result)
-    assert (probe.size, probe.runs) == ((5, 3, 4), 1)
+    products = {probe.kind: probe for probe in probes._layer(3, 4, 5)}
+    found = {kind: probe.body((x, kernel, result)) for kind, probe in products.items()}
+    np.testing.assert_allclose(found["float32"][2], x @ kernel)
+    np.testing.assert_allclose(found["float32 transposed"][0], result @ kernel.T)
+    np.testing.assert_allclose(found["float32 gradient"][1], x.T @ result)
+    assert [probe.size for probe in products.values()] == [(3, 4, 5), (3, 5, 4), (5, 3, 4)]
     sizes = [probe.size for probe in probes.probes() if probe.kind == "elementwise"]
     assert sizes == sorted(sizes)
 
 
-def test_gradients_of_kernels_have_rates_of_their_own():
-    """One product forward, one for the kernel's gradient; of batched kernels both are batched products."""
-    curve = ((1e3, 1e-12), (1e9, 1e-12))
-    table = tuple((name, 64, 64, 64, rate) for name, rate in (("float32", 4e9), ("float32 gradient", 1e9), ("float32 batched", 2e9)))
+def machine_of(table):
+    """A calibrated machine with these rates of products, that does everything else at once."""
     device = Device(
         name="",
         peak_flops={"float32": 1e10},
         memory_bytes=1e9,
         memory_bytes_per_second=1e9,
         matmul=Matmul(table=table),
-        curves={"elementwise": curve},
+        curves={"elementwise": ((1e3, 1e-12), (1e9, 1e-12))},
     )
-    machine = replace(calibrate.detect(), device=device)
+    return replace(calibrate.detect(), device=device)
+
+
+def test_each_product_of_a_layer_has_rates_of_its_own():
+    """Forward, for the kernel's gradient and for the input's; of batched kernels all are batched products."""
+    rates = {"float32": 8e9, "float32 gradient": 4e9, "float32 transposed": 2e9, "float32 batched": 1e9}
+    machine = machine_of(tuple((name, 64, 64, 64, rate) for name, rate in rates.items()))
 
     def ratio(*batch):
         square = jax.ShapeDtypeStruct((*batch, 64, 64), np.float32)
-        times = price(trace_loss(lambda kernel, x: (x @ kernel).sum(), square, square), Plan(), machine).times
+        weights = {"first": square, "second": square}
+        program = trace_loss(lambda kernels, x: (x @ kernels["first"] @ kernels["second"]).sum(), weights, square)
+        times = price(program, Plan(), machine).times
         return times["backward matmul"] / times["forward matmul"]
 
-    assert ratio() == pytest.approx(4, rel=1e-3)
-    assert ratio(8) == pytest.approx(1, rel=1e-3)
+    assert ratio() == pytest.approx((2 * 2 + 4) / 2, rel=1e-3), "two gradients of kernels, and one of an input"
+    assert ratio(8) == pytest.approx(3 / 2, rel=1e-3)
+
+
+def test_a_part_of_a_batch_is_convolved_with_whole_kernels():
+    """Two microbatches take as long as the batch where the rate follows the kernel alone."""
+    shapes = [(rows, inner, 8) for rows in (512, 1024, 2048) for inner in (18, 36, 72)]
+    machine = machine_of(tuple(("float32 convolution", *shape, 1e8 * shape[1]) for shape in shapes))
+
+    def loss(kernel, images):
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).sum()
+
+    program = trace_loss(loss, jax.ShapeDtypeStruct((3, 3, 4, 8), np.float32), jax.ShapeDtypeStruct((8, 16, 16, 4), np.float32))
+    whole, halves = (price(program, Plan(microbatches=count), machine).times["forward convolution"] for count in (1, 2))
+    assert halves == pytest.approx(whole, rel=0.02)
 
 
 def test_what_was_used_long_ago_is_waited_for():

@@ -37,8 +37,9 @@ class Matmul:
             precision does less in that time).
         alignment: (bytes, share): a row whose bytes are a multiple of so many is read at that share; largest first. Empty: all alike.
         table: (precision, rows, inner, columns, FLOP/s) measured; where it has the precision, it is used and the geometry is not. Other
-            ways to run a product are rows of their own: "float32 gradient" (of a dense layer's kernel), "float32 batched" (many at once),
-            "float32 convolution" (a convolution by the product it stands for), "float32 correlation" (the gradient of its kernel).
+            ways to run a product are rows of their own: "float32 transposed" (a dense layer's kernel transposed, for its input's gradient),
+            "float32 gradient" (of a dense layer's kernel), "float32 batched" (many at once), "float32 convolution" (a convolution by the
+            product it stands for), "float32 correlation" (the gradient of its kernel).
     """
 
     best: Mapping[str, float] = field(default_factory=dict)

@@ -71,8 +71,8 @@ class Measured:
             form = "correlation" if result.role == "gradient" else "convolution"
             return self.device.matmul_seconds(self.precision, self.product_of(result, share.flops), form)
         if operation.kind == "matmul" and share.shape:
-            alone = result.role == "gradient" and share.shape[0] == 1
-            return self.device.matmul_seconds(self.precision, share.shape, "gradient" if alone else "")
+            form = "gradient" if result.role == "gradient" else "transposed" if operation.phase == "backward" else ""
+            return self.device.matmul_seconds(self.precision, share.shape, form if share.shape[0] == 1 else "")
         return share.flops / self.device.peak(self.precision)
 
     def product_of(self, result: Tensor, flops: float) -> tuple[float, ...]:

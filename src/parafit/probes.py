@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ class Probe:
         runs: operations in one turn.
         samples: seconds of one run, each over a few milliseconds.
         turns: of the loop, the next time.
+        called: whether a run is a call of a library, so that the quicker of XLA's emitters may compile what is around it.
     """
 
     part: str
@@ -42,6 +44,7 @@ class Probe:
     carry: Any
     runs: int = 1
     turns: int = 1
+    called: bool = False
     samples: list[float] = field(default_factory=list)
     _loop: Any = field(default=None)
 
@@ -57,7 +60,7 @@ class Probe:
 
     def compile(self) -> None:
         """Make the loop."""
-        options = compiler_options(jax.make_jaxpr(self.body)(self.carry))
+        options = compiler_options(jax.make_jaxpr(self.body)(self.carry), seldom=self.called)
         body = rewrite(self.body)
 
         def loop(carry, count):
@@ -86,7 +89,7 @@ def probes() -> Iterable[Probe]:
         yield from (_elementwise(2**exponent), _update(2**exponent))
     yield from (_elementwise(2**27), _elementwise(2**28))
     corners = itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024))
-    for shape in itertools.chain(corners, itertools.product((40, 160, 800), repeat=3)):
+    for shape in (*corners, *_usual_shapes(64)):
         if math.prod(shape) < 2**30 and shape != (256, 256, 256):
             yield from _layer(*shape)
     for precision, side in itertools.product(("float64", "bfloat16"), (64, 256)):
@@ -322,15 +325,27 @@ def _sort(bytes_: int) -> Probe:
 
 
 def _matmul(precision: str, rows: int, inner: int, columns: int) -> Probe:
-    """A dense layer's product and the gradient of its input, as JAX differentiates it."""
-    zeros = _zeros(precision, rows, inner), _zeros(precision, inner, columns)
+    """A dense layer's product; the next one reads it."""
+    carry = tuple(_zeros(precision, *shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
 
     def body(carry):
-        left, kernel = carry
-        result, gradient = jax.vjp(lambda left: left @ kernel, left)
-        return _apart((gradient(_apart(result))[0], kernel))
+        left, kernel, _ = carry
+        result = _apart(left @ kernel)
+        return _apart((_nudged(left, result), kernel, result))
 
-    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=zeros, runs=2)
+    return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=carry, called=True)
+
+
+def _input_gradient(precision: str, rows: int, inner: int, columns: int) -> Probe:
+    """The gradient of a dense layer's input, the product (rows, columns, inner) with its kernel transposed; the next one reads it."""
+    carry = tuple(_zeros(precision, *shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
+
+    def body(carry):
+        left, kernel, result = carry
+        left = _apart(jax.vjp(lambda left: left @ kernel, left)[1](result)[0])
+        return _apart((left, kernel, _nudged(result, left)))
+
+    return Probe(part="matmul", kind=f"{precision} transposed", size=(rows, columns, inner), body=body, carry=carry, called=True)
 
 
 def _kernel_gradient(precision: str, rows: int, inner: int, columns: int) -> Probe:
@@ -342,12 +357,24 @@ def _kernel_gradient(precision: str, rows: int, inner: int, columns: int) -> Pro
         kernel = _apart(jax.vjp(lambda kernel: left @ kernel, kernel)[1](result)[0])
         return _apart((_nudged(left, kernel), kernel, result))
 
-    return Probe(part="matmul", kind=f"{precision} gradient", size=(columns, rows, inner), body=body, carry=zeros)
+    return Probe(part="matmul", kind=f"{precision} gradient", size=(columns, rows, inner), body=body, carry=zeros, called=True)
 
 
 def _layer(rows: int, inner: int, columns: int) -> Iterable[Probe]:
     """All products of a dense layer in float32."""
-    return _matmul("float32", rows, inner, columns), _kernel_gradient("float32", rows, inner, columns)
+    return tuple(product("float32", rows, inner, columns) for product in (_matmul, _input_gradient, _kernel_gradient))
+
+
+def _usual_shapes(count: int) -> Iterable[tuple[int, int, int]]:
+    """Rows, inputs and units of layers, drawn by lot, always the same."""
+    lot = random.Random(0)
+    for _ in range(count):
+        yield lot.choice(_BATCHES), lot.choice(_WIDTHS), lot.choice(_WIDTHS)
+
+
+_BATCHES = (16, 32, 50, 100, 128, 200, 512, 800, 1000, 2048)
+_WIDTHS = (8, 10, 20, 32, 50, 100, 128, 200, 300, 400, 512, 784, 1000, 2048)
+"""Usual sizes, beside the powers of four: also such that vector registers and cache lines do not divide."""
 
 
 def _zeros(precision: str, *shape: int) -> np.ndarray:
@@ -355,9 +382,8 @@ def _zeros(precision: str, *shape: int) -> np.ndarray:
 
 
 def _nudged(array: jax.Array, by: jax.Array) -> jax.Array:
-    """The array, its first number made to depend on `by`, so that `by` must be computed."""
-    first = (slice(1),) * array.ndim
-    return lax.dynamic_update_slice(array, by[first] * 0.0 + array[first], (0,) * array.ndim)
+    """The array, its first number made to depend on `by`, so that `by` must be computed; in place, as nothing of the array is read."""
+    return lax.dynamic_update_slice(array, by[(slice(1),) * array.ndim] * 0.0, (0,) * array.ndim)
 
 
 def _batched(precision: str, rows: int, inner: int, columns: int) -> Probe:

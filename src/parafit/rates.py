@@ -7,6 +7,9 @@ from typing import Any
 _SOFT, _STIFF = 0.3, 0.03
 """What is added to squared distances, so that one measurement does not decide alone; and to slopes."""
 
+_RAGGED = 0.5
+"""How far rows that do not start with a cache line are from those that do, where twice the size is 1."""
+
 _LINE_BYTES, _PAGE_BYTES = 64, 4096
 """Of a processor's cache and memory."""
 
@@ -48,10 +51,11 @@ def rate_between(table: Iterable[tuple[Any, ...]], name: str, rows: float, inner
 
 
 def _traits(shape: Sequence[float], name: str) -> list[float]:
-    """What the rate of a product follows: its sizes, and how far the rows of its matrices fall on the same places of a cache."""
+    """What the rate of a product follows: its sizes, how far the rows of its matrices fall on the same places of a cache, and whether they
+    start at any place of a line."""
     rows, inner, columns = shape
     widths = (rows, columns) if name.endswith("gradient") else (inner, columns)  # of a kernel's gradient both operands lie upright
-    return [*map(math.log2, shape), *map(_aliasing, widths)]
+    return [*map(math.log2, shape), *map(_aliasing, widths), *(_RAGGED * (4 * int(width) % _LINE_BYTES > 0) for width in widths)]
 
 
 def _aliasing(size: float) -> float:
