@@ -265,13 +265,13 @@ def feed_rate() -> float:
 def _measure(probes: list[Probe], ends: float) -> list[Probe]:
     """Compile probes for up to half of the time (the first few in any case), then time them in turns, forward and backward.
 
-    The heap is kept as a fit keeps it.
+    Those of a kind follow each other, so that the threads that they use are awake. The heap is kept as a fit keeps it.
     """
     middle = (time.perf_counter() + ends) / 2
     latest = [math.inf if place < _LEAST_PROBES else middle for place in range(len(probes))]
     with takes_up_gaps(), ThreadPoolExecutor(core_count()) as pool:
         ready = [probe for probe, made in zip(probes, pool.map(_compile_before, probes, latest)) if made]
-    order, rounds = ready, 0
+    order, rounds = sorted(ready, key=lambda probe: probe.kind), 0
     while rounds < _LEAST_ROUNDS or time.perf_counter() < ends:
         for probe in order:
             probe.time()
