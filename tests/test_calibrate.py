@@ -307,9 +307,20 @@ for batch in range(50):
 
 def test_correction_is_the_median_of_recent_fits_of_this_program_if_there_are_any():
     slow = [replace(RESIDUAL, predicted_seconds=2.0, measured_seconds=6.0)] * 5
-    assert correction(slow, 1.0) == pytest.approx(3.0)
     assert correction([*slow, RESIDUAL], 1.0) == pytest.approx(1.2)
-    assert correction([replace(RESIDUAL, measured_seconds=100.0)] * 3 + [RESIDUAL] * residuals.RECENT) == pytest.approx(1.2)
+    old = [replace(RESIDUAL, measured_seconds=100.0)] * 3
+    assert correction(old + [RESIDUAL] * residuals.RECENT, 1.0) == pytest.approx(1.2)
+
+
+def test_other_programs_correct_as_far_as_they_agree():
+    def of(*ratios):
+        return correction([replace(RESIDUAL, measured_seconds=ratio) for ratio in ratios], 2.0)
+
+    assert of(3.0, 3.0, 3.0) == pytest.approx(3.0, rel=0.01), "a machine that others keep busy"
+    assert of(3.0, 3.1, 2.9) > of(3.0, 6.0, 1.5) > 1
+    assert of(1.05, 1.05, 1.05) < 1.02, "no more than prices are wrong by in any case"
+    assert of(1 / 3, 1 / 3) == pytest.approx(1 / 3, rel=0.01)
+    assert of(0.9, 1.0, 1.1) == 1.0
 
 
 def test_a_corrected_prediction_is_nearer_to_what_comes():

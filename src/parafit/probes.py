@@ -91,7 +91,7 @@ def probes() -> Iterable[Probe]:
         yield from (_elementwise(2**exponent), _update(2**exponent))
     yield from (_elementwise(2**27), _elementwise(2**28))
     corners = itertools.product((16, 64, 256, 1024), (16, 64, 256, 1024), (10, 64, 256, 1024))
-    for shape in (*corners, *_usual_shapes(64)):
+    for shape in corners:
         if math.prod(shape) < 2**30 and shape != (256, 256, 256):
             yield from _layer(*shape)
     for precision, side in itertools.product(("float64", "bfloat16"), (64, 256)):
@@ -114,6 +114,8 @@ def probes() -> Iterable[Probe]:
     for exponent in (12, 17, 22):
         yield from (_random(2**exponent), _gather(2**exponent, "gather", 4 * _rows(2**exponent / 2)), _scatter(2**exponent))
         yield from (_gather(2**exponent, "gather_near", 64), _sort(2**exponent))
+    for shape in _usual_shapes(64):
+        yield from _layer(*shape)
 
 
 def _numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
@@ -328,38 +330,38 @@ def _sort(bytes_: int) -> Probe:
 
 def _matmul(precision: str, rows: int, inner: int, columns: int) -> Probe:
     """A dense layer's product; the next one reads it."""
-    carry = tuple(_zeros(precision, *shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
 
     def body(carry):
         left, kernel, _ = carry
         result = _apart(left @ kernel)
         return _apart((_nudged(left, result), kernel, result))
 
+    carry = _dense(precision, rows, inner, columns)
     return Probe(part="matmul", kind=precision, size=(rows, inner, columns), body=body, carry=carry, called=True)
 
 
 def _input_gradient(precision: str, rows: int, inner: int, columns: int) -> Probe:
     """The gradient of a dense layer's input, the product (rows, columns, inner) with its kernel transposed; the next one reads it."""
-    carry = tuple(_zeros(precision, *shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
 
     def body(carry):
         left, kernel, result = carry
         left = _apart(jax.vjp(lambda left: left @ kernel, left)[1](result)[0])
         return _apart((left, kernel, _nudged(result, left)))
 
+    carry = _dense(precision, rows, inner, columns)
     return Probe(part="matmul", kind=f"{precision} transposed", size=(rows, columns, inner), body=body, carry=carry, called=True)
 
 
 def _kernel_gradient(precision: str, rows: int, inner: int, columns: int) -> Probe:
     """The gradient of a dense layer's kernel, by the product (columns, rows, inner) that JAX makes of it; the next one reads it."""
-    zeros = tuple(_zeros(precision, *shape) for shape in ((rows, inner), (inner, columns), (rows, columns)))
 
     def body(carry):
         left, kernel, result = carry
         kernel = _apart(jax.vjp(lambda kernel: left @ kernel, kernel)[1](result)[0])
         return _apart((_nudged(left, kernel), kernel, result))
 
-    return Probe(part="matmul", kind=f"{precision} gradient", size=(columns, rows, inner), body=body, carry=zeros, called=True)
+    carry = _dense(precision, rows, inner, columns)
+    return Probe(part="matmul", kind=f"{precision} gradient", size=(columns, rows, inner), body=body, carry=carry, called=True)
 
 
 def _layer(rows: int, inner: int, columns: int) -> Iterable[Probe]:
@@ -379,8 +381,9 @@ _WIDTHS = (8, 10, 20, 32, 50, 100, 128, 200, 300, 400, 512, 784, 1000, 2048)
 """Usual sizes, beside the powers of four: also such that vector registers and cache lines do not divide."""
 
 
-def _zeros(precision: str, *shape: int) -> np.ndarray:
-    return np.zeros(shape, jnp.dtype(precision))
+def _dense(precision: str, rows: int, inner: int, columns: int) -> tuple[np.ndarray, ...]:
+    """A dense layer's input, kernel and result."""
+    return tuple(np.zeros(shape, jnp.dtype(precision)) for shape in ((rows, inner), (inner, columns), (rows, columns)))
 
 
 def _nudged(array: jax.Array, by: jax.Array) -> jax.Array:

@@ -20,6 +20,12 @@ MOST_BYTES = 1 << 20
 RECENT = 9
 """Fits that the next prediction learns from: the load of a machine changes within minutes."""
 
+_PRICE_ERROR = 0.1
+"""What prices of other programs are wrong by in any case, as ln(measured / predicted)."""
+
+_SIGMAS = 1.4826
+"""Standard deviations in a median absolute deviation, where errors are normal."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
@@ -80,8 +86,9 @@ def correction(residuals: Iterable[Residual], predicted_seconds: float = 0.0) ->
     """The machine's load as recent fits met it: a factor on predicted seconds.
 
     exp of the median of ln(measured / predicted) over the last `RECENT` fits: of those of which exactly the same was predicted if there
-    are any, for they ran the same program under the same plan and share what the price leaves out; else of all, which share what else
-    runs on the machine. Nothing known: 1.
+    are any, for they ran the same program under the same plan and share what the price leaves out. Other programs share what else runs on
+    the machine, and not what their own prices leave out: their median m, of a scatter s, counts as m · m² / (m² + s²), the more the
+    clearer all point to one side (shrinkage towards 1, as in James, Stein 1961). Nothing known: 1.
 
     Args:
         residuals: of one machine, oldest first.
@@ -93,15 +100,20 @@ def correction(residuals: Iterable[Residual], predicted_seconds: float = 0.0) ->
     >>> from dataclasses import replace
     >>> fit = Residual(machine="m", model="net", batch=32, plan="single", predicted_seconds=1.0, measured_seconds=1.2,
     ...                predicted_bytes=1, measured_bytes=1, date="2026-01-01T00:00:00")
-    >>> round(correction([fit, replace(fit, measured_seconds=1.5), replace(fit, measured_seconds=1.3)]), 3)
-    1.3
+    >>> fits = [fit, replace(fit, measured_seconds=1.5), replace(fit, measured_seconds=1.3)]
+    >>> round(correction(fits, 1.0), 2), round(correction(fits, 2.0), 2)
+    (1.3, 1.21)
     >>> correction([])
     1.0
     """
     found = list(residuals)
     alike = [residual for residual in found if math.isclose(residual.predicted_seconds, predicted_seconds)]
-    ratios = [residual.measured_seconds / residual.predicted_seconds for residual in (alike or found)[-RECENT:]]
-    return math.exp(statistics.median(map(math.log, ratios))) if ratios else 1.0
+    ratios = [math.log(residual.measured_seconds / residual.predicted_seconds) for residual in (alike or found)[-RECENT:]]
+    if not ratios:
+        return 1.0
+    middle = statistics.median(ratios)
+    scatter = 0.0 if alike else math.hypot(_PRICE_ERROR, _SIGMAS * statistics.median(abs(ratio - middle) for ratio in ratios))
+    return math.exp(middle**3 / (middle**2 + scatter**2)) if middle else 1.0
 
 
 def _parse(line: str) -> Residual | None:
