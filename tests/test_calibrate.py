@@ -352,3 +352,19 @@ def test_probes_are_compiled_and_timed_with_the_heap_as_a_fit_keeps_it(monkeypat
     watch("time")
     calibrate._measure([probes._elementwise(2**10)], ends=0.0)
     assert set(seen) == {("compile", True, True), ("time", False, True)}
+
+
+def test_probes_of_a_kind_follow_each_other(monkeypatch):
+    """A library's threads are awake then; see `Probe.seconds`."""
+    timed = []
+    monkeypatch.setattr(probes.Probe, "compile", lambda probe: None)
+    monkeypatch.setattr(probes.Probe, "time", lambda probe: timed.append(probe.kind))
+    calibrate._measure([*probes._layer(2, 2, 2), *probes._layer(4, 4, 4)], ends=0.0)
+    first = timed[:6]
+    assert len({kind for kind, _ in itertools.groupby(first)}) == len(list(itertools.groupby(first))) == 3
+
+
+def test_of_calls_of_a_library_the_lower_quartile_counts():
+    called, own = probes._matmul("float32", 2, 2, 2), probes._elementwise(2**10)
+    called.samples, own.samples = [5.0, 1.0, 4.0, 2.0, 3.0], [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert (called.seconds, own.seconds) == (2.0, 3.0)

@@ -74,6 +74,8 @@ def test_rates_between_follow_how_rows_share_lines_of_a_cache(name, widths):
 
     rates = [(name, *shape(800), 2e11), (name, *shape(1024), 1e11)]
     assert rate_between(rates, name, *shape(1000)) > 1.5e11, "1,000 is nearer to 1,024, but its rows start at other lines"
+    rates = [(name, *shape(112), 2e11), (name, *shape(104), 1e11)]
+    assert rate_between(rates, name, *shape(108)) < 1.2e11, "rows of 112 numbers start with a line, those of 104 and 108 do not"
 
 
 def test_a_calibrated_machine_is_a_table_of_rates():
