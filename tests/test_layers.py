@@ -39,7 +39,7 @@ LAYERS = [
     {"program", "walk", "machine"},
     {"operations"},
     {"ties"},
-    {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "rates", "schedule", "software"},
+    {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "jaxprs", "rates", "schedule", "software"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]

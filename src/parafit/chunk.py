@@ -14,7 +14,7 @@ from parafit.adapt import State, Step, remembered
 from parafit.heap import takes_up_gaps
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
-from parafit.schedule import CompilerOptions, compiler_options
+from parafit.schedule import CompilerOptions, compiled, compiler_options
 from parafit.techniques import planned_function
 from parafit.trace import jaxpr_of
 
@@ -81,7 +81,7 @@ class Chunk:
 
 def _compile(lowered, options: CompilerOptions):
     with takes_up_gaps():
-        return lowered.compile(options)
+        return compiled(lowered, options)
 
 
 def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> Chunk:

@@ -148,9 +148,9 @@ _KNOWN: dict[str, Behaviour] = {
         "abs add add_any and ceil clz eq eq_to floor ge gt integer_pow is_finite le le_to lt lt_to max min mul mulhi mul_hi", _ARITHMETIC
     ),
     **_all("ne neg nextafter not or population_count round shift_left shift_right_arithmetic shift_right_logical sign", _ARITHMETIC),
-    **_all("square sub xor", _ARITHMETIC),
+    **_all("one_minus_square square sub xor", _ARITHMETIC),
     **_all("acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma div erf erf_inv erfc exp exp2", _COSTLY),
-    **_all("expm1 igamma igammac igamma_grad_a lgamma log log1p logistic polygamma pow random_gamma_grad", _COSTLY),
+    **_all("expm1 igamma igammac igamma_grad_a lgamma log log1p log2 logistic polygamma pow random_gamma_grad", _COSTLY),
     **_all("regularized_incomplete_beta rem rsqrt sin sinh sqrt tan tanh zeta", _COSTLY),
     **_all("clamp complex conj convert_element_type imag real reduce_precision select_n threefry2x32", _SELECTION),
     **_all("copy copy_p device_put name optimization_barrier pvary sharding_constraint stop_gradient", _ALIAS),
