@@ -20,7 +20,7 @@ LAYERS = [
     {"run", "perceptron", "planner"},
     {"progress"},
     {"chunk", "data", "safeguard", "report"},
-    {"techniques", "contract"},
+    {"techniques", "contract", "even"},
     {"calibrate", "models"},
     {"probes", "nnx"},
     {"adapt", "callbacks", "mesh", "rewrite", "price", "segments"},

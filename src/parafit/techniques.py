@@ -106,7 +106,7 @@ def _gradients(loss: Callable, measure: Callable) -> Callable:
 def accumulate(gradients_of: Callable, placement: Placement) -> Callable:
     """`gradients_of` run on microbatches one after the other: gradients are those of the mean loss over the whole batch.
 
-    A batch that the devices and microbatches do not divide is cut into equal parts and a smaller last one.
+    A batch that the devices and microbatches do not divide is cut into equal parts and a smaller last one; no part is split unevenly.
     """
 
     def accumulated(weights, state, batch):
@@ -140,13 +140,15 @@ def _rows(batch: Any) -> int:
 def _cut(batch: Any, rows: int, placement: Placement) -> tuple[Any, Any]:
     """Microbatches stacked along a new first dimension, and the rows that are left, None where there are none.
 
-    Where everything divides, each device cuts its own share of the batch, so that no rows move.
+    Where everything divides, each device cuts its own share of the batch, so that no rows move. Elsewhere the microbatches are as large
+    as divides over the devices, and what is left over is a smaller one, whole on every device where it has to be.
     """
     devices, count = placement.batch_parts, placement.plan.microbatches
     if rows % (devices * count) == 0:
         shape = (devices, count, rows // (devices * count))
         return jax.tree.map(lambda array: _own_shares(array, shape), batch), None
-    size = -(-rows // count)
+    size = -(-rows // (devices * count)) * devices
+    size = size if size <= rows else -(-rows // count)
     whole = rows // size
     batch = placement.replicate(batch)
     parts = jax.tree.map(lambda array: array[: whole * size].reshape((whole, size, *array.shape[1:])), batch)

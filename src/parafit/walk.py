@@ -156,6 +156,9 @@ class Walk:
             self.dims.tie(rows[0], other)
         return rows[:1]
 
+    def visited(self, equation, inputs: list[Value], outputs: list[Value]) -> None:
+        """Called after every equation, at every depth: for those who look for something else than operations."""
+
     # Jaxprs within jaxprs ------------------------------------------------------------------------------------------------------------
 
     def _jaxpr(self, jaxpr, consts, inputs: list[Value], scope: str, steps: int) -> list[Value]:
@@ -164,7 +167,9 @@ class Walk:
         read = lambda var: self._literal(var) if hasattr(var, "val") else values[var]  # noqa: E731
         for equation in jaxpr.eqns:
             stack = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
-            outputs = self._equation(equation, [read(var) for var in equation.invars], stack, steps)
+            operands = [read(var) for var in equation.invars]
+            outputs = self._equation(equation, operands, stack, steps)
+            self.visited(equation, operands, outputs)
             values.update(zip(equation.outvars, outputs))
         return [read(var) for var in jaxpr.outvars]
 
