@@ -18,7 +18,7 @@ from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
 from parafit.schedule import CompilerOptions, compiled, compiler_options
 from parafit.techniques import planned_function
-from parafit.trace import jaxpr_of
+from parafit.trace import jaxpr_of, shapes_of
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
 
@@ -96,8 +96,7 @@ def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool
 
 
 def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk:
-    held = step.read_fixed(), step.read(), arrays
-    fixed, state, arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
+    fixed, state, arrays = shapes_of((step.read_fixed(), step.read(), arrays))
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
     run_step, outputs, options = _trace(step, fixed, state, batch, placement, seldom)

@@ -6,6 +6,7 @@ Keras 3.15, JAX 0.10.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import keras
 import numpy as np
 from keras.src.trainers.data_adapters import data_adapter_utils
@@ -22,7 +23,13 @@ def symbolic_build(model, batch) -> None:
 
     Keras 3.15: private, and the same in 3.10-3.14; the public `build` and `compile` leave metric variables to the first call.
     """
-    model._symbolic_build(data_batch=batch)
+    model._symbolic_build(data_batch=jax.tree.map(_as_computed, batch))
+
+
+def _as_computed(array: Any) -> Any:
+    """An array in the dtype that JAX computes in: Keras 3.15 asks for the array's own, and JAX 0.12 warns where that has 64 bits."""
+    known = isinstance(array, np.ndarray) and array.dtype.kind in "iufc"
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if known else array
 
 
 def flatten_metrics(model, logs: dict) -> Any:

@@ -18,6 +18,7 @@ from parafit.program import Program
 from parafit.progress import Progress
 from parafit.search import search
 from parafit.software import Software
+from parafit.trace import shapes_of
 
 _KERNEL_DIMS = 3
 """A convolution's kernel has at least these: places, channels, filters."""
@@ -36,7 +37,7 @@ def programs(adapter: Adapter, step: Step, shapes: Callable[[], Any]) -> Callabl
     """
 
     def program() -> Program:
-        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes())
+        batch = shapes_of(shapes())
         key = ("program", jax.tree.structure(batch), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch)))
         return remembered(adapter.keeper, step, key, lambda: step_program(step, batch, adapter.model.name))
 

@@ -29,7 +29,7 @@ def called(equation) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """A loop of known length. Its operands are those that every turn reads, those that are carried, and those cut into slices, in this order.
+    """A loop of known length. Operands: those that every turn reads, those that are carried, those cut into slices.
 
     Attributes:
         length: turns.
