@@ -368,3 +368,13 @@ def test_of_calls_of_a_library_the_lower_quartile_counts():
     called, own = probes._matmul("float32", 2, 2, 2), probes._elementwise(2**10)
     called.samples, own.samples = [5.0, 1.0, 4.0, 2.0, 3.0], [5.0, 1.0, 4.0, 2.0, 3.0]
     assert (called.seconds, own.seconds) == (2.0, 3.0)
+
+
+def test_where_jax_computes_elsewhere_probes_are_compiled_as_they_are(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(probes, "rewrite", lambda body: pytest.fail("a form for XLA:CPU was asked for"))
+    monkeypatch.setattr(probes, "compiled", lambda lowered, options: told.append(options) or lowered.compile())
+    *_, convolution = probes._convolutions(1, 4, 2, 2, window=(3, 3))
+    convolution.compile()
+    assert told == [{}]

@@ -10,8 +10,8 @@ labels = parafit.predict(model, x_new)
 ```
 
 Read `api.py` first. Importing parafit chooses Keras' JAX backend where none was chosen, keeps compiled programs
-on disk so that a second start compiles nothing again, and lets all threads share one heap (`heap.py`); Keras and JAX themselves
-are imported when first needed.
+on disk so that a second start compiles nothing again, and, where JAX computes on the processor, lets all threads share one heap
+(`heap.py`); Keras and JAX themselves are imported when first needed.
 """
 
 import importlib
@@ -25,7 +25,8 @@ _HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "plan"}
 _HOMES |= {"find_plan": "planner", "explain": "compare", "Machine": "machine"}
 
 cluster.prepare()
-heap.use_one_arena()
+if cluster.computes_on_processor():
+    heap.use_one_arena()
 imports.defer_slow_parts_of_keras()
 
 

@@ -1,5 +1,6 @@
 """The surroundings parafit runs in. The only module that reads or sets environment variables."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,18 @@ def prepare() -> None:
     if "keras" not in sys.modules:
         os.environ.setdefault("KERAS_BACKEND", "jax")
     _keep_compiled_programs()
+
+
+def computes_on_processor() -> bool:
+    """Whether JAX will compute on the processor, as far as can be told before it is asked: it was told so, or has no plugin for anything else.
+
+    Asking JAX would start its threads.
+    """
+    jax = sys.modules.get("jax")
+    platforms = (jax.config.jax_platforms if jax else os.environ.get("JAX_PLATFORMS")) or ""
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
 def cache_directory() -> Path:
