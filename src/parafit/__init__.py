@@ -16,7 +16,7 @@ on disk so that a second start compiles nothing again, and, where JAX computes o
 
 import importlib
 
-from parafit import cluster, heap, imports
+from parafit import cluster, heap, imports, programs
 
 __version__ = "0.1.0"
 __all__ = ["Machine", "Plan", "errors", "evaluate", "explain", "find_plan", "fit", "predict"]
@@ -28,6 +28,7 @@ cluster.prepare()
 if cluster.computes_on_processor():
     heap.use_one_arena()
 imports.defer_slow_parts_of_keras()
+imports.when_imported("jax", programs.keep_programs)
 
 
 def __getattr__(name: str):
