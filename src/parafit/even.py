@@ -9,7 +9,7 @@ concatenations and reshapes too, to dimensions that their axes do not divide: th
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,8 +62,7 @@ class _Reach(Walk):
                 self._dims_of[var].append(value.dims)
         if equation.primitive.name == "sharding_constraint":
             self._split(outputs[0], equation.params["sharding"])
-        if not _runs_others(equation):
-            self._links += _changed(equation, [value.dims for value in inputs], [value.dims for value in outputs], self.dims.size)
+        self._links += [(inputs[side].dims[dim], outputs[result].dims[other]) for (side, dim), (result, other) in _passages(equation)]
 
     def _split(self, value: Value, sharding: NamedSharding | None) -> None:
         for dim, axes in zip(value.dims, sharding.spec if sharding else ()):
@@ -98,24 +97,34 @@ class _Constrainer(Pass):
         (equation,) = super().equations(equation)
         invars, outvars = list(equation.invars), list(equation.outvars)
         before, after = [], []
-        for place, var in enumerate(equation.invars):
-            if needed := _needed_whole(equation, var):
-                reached = self._reach.axes(var)
-                if whole := [dim for dim in needed if reached[dim]]:
-                    invars[place] = Var(var.aval)
-                    before.append(self._constraint(equation, var, invars[place], whole))
+        for place, dims in self._needed_whole(equation).items():
+            invars[place] = Var(equation.invars[place].aval)
+            before.append(self._constraint(equation, equation.invars[place], invars[place], dims))
         for place, var in enumerate(equation.outvars):
-            if whole := self._uneven(var):
+            if dims := self._uneven(var):
                 outvars[place] = Var(var.aval)
-                after.append(self._constraint(equation, outvars[place], var, whole))
+                after.append(self._constraint(equation, outvars[place], var, dims))
         return [*before, equation.replace(invars=invars, outvars=outvars) if before or after else equation, *after]
+
+    def _needed_whole(self, equation: JaxprEqn) -> dict[int, set[int]]:
+        """By operand, the dimensions that its results need whole: they make uneven ones, or the operation works along them."""
+        uneven = [self._uneven(var) for var in equation.outvars]
+        needed: defaultdict[int, set[int]] = defaultdict(set)
+        for (side, dim), (result, other) in _passages(equation):
+            if other in uneven[result]:
+                needed[side].add(dim)
+        for side, dim in _along(equation):
+            needed[side].add(dim)
+        reached = {side: self._reach.axes(equation.invars[side]) for side in needed}
+        needed = {side: {dim for dim in dims if reached[side] and reached[side][dim]} for side, dims in needed.items()}
+        return {side: dims for side, dims in needed.items() if dims}
 
     def _uneven(self, var: Any) -> list[int]:
         """The dimensions that axes may reach and do not divide."""
         reached = zip(_shape(var), self._reach.axes(var))
         return [dim for dim, (size, axes) in enumerate(reached) if size % math.prod(self._mesh.shape[axis] for axis in axes)]
 
-    def _constraint(self, equation: JaxprEqn, source: Any, target: Any, whole: Sequence[int]) -> JaxprEqn:
+    def _constraint(self, equation: JaxprEqn, source: Any, target: Any, whole: Collection[int]) -> JaxprEqn:
         """`target` is `source` with some dimensions whole, the others as XLA splits them."""
         spec = PartitionSpec(*(None if dim in whole else PartitionSpec.UNCONSTRAINED for dim in range(len(_shape(source)))))
         key = _shape(source), source.aval.dtype, spec
@@ -125,37 +134,48 @@ class _Constrainer(Pass):
         return self._constraints[key].replace(invars=[source], outvars=[target], source_info=equation.source_info, ctx=equation.ctx)
 
 
-def _changed(equation: JaxprEqn, inputs: list[list[int]], outputs: list[list[int]], size) -> Iterator[tuple[int, int]]:
-    """Pairs of dimensions of different size that a split may pass between: before and after a cut, a window, a padding, a join."""
-    name, params = equation.primitive.name, equation.params
+Place = tuple[int, int]
+"""Which operand or result of an equation, and which of its dimensions."""
+
+
+def _passages(equation: JaxprEqn) -> Iterator[tuple[Place, Place]]:
+    """Dimensions of operands and of results that a split passes between: before and after a cut, a window, a padding, a join."""
+    name, params, operands = equation.primitive.name, equation.params, [_shape(var) for var in equation.invars]
+    if _runs_others(equation) or not equation.outvars:
+        return
+    result = _shape(equation.outvars[0])
     if name in ("reshape", "squeeze", "expand_dims"):
-        for old, new in groups(list(map(size, inputs[0])), list(map(size, outputs[0]))):
-            yield from ((inputs[0][one], outputs[0][other]) for one in old for other in new if len(old) > 1 < len(new))
+        for old, new in groups(operands[0], result):
+            yield from (((0, one), (0, other)) for one in old for other in new if len(old) > 1 < len(new))
     elif name == "conv_general_dilated":
         numbers = params["dimension_numbers"]
-        yield from zip([inputs[0][dim] for dim in numbers.lhs_spec], [outputs[0][dim] for dim in numbers.out_spec])
-        yield from zip([inputs[1][dim] for dim in numbers.rhs_spec[2:]], [outputs[0][dim] for dim in numbers.out_spec[2:]])
+        yield from (((0, one), (0, other)) for one, other in zip(numbers.lhs_spec[2:], numbers.out_spec[2:]))
+        yield from (((1, one), (0, other)) for one, other in zip(numbers.rhs_spec[2:], numbers.out_spec[2:]))
     elif name == "gather":
-        outside = {*params["dimension_numbers"].collapsed_slice_dims, *params["dimension_numbers"].operand_batching_dims}
-        windows = [dim for place, dim in enumerate(inputs[0]) if place not in outside]
-        yield from zip(windows, [outputs[0][place] for place in params["dimension_numbers"].offset_dims])
+        numbers = params["dimension_numbers"]
+        outside = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        yield from (((0, one), (0, other)) for one, other in zip(_without(operands[0], outside), numbers.offset_dims))
     elif name.startswith("scatter"):
-        outside = {*params["dimension_numbers"].inserted_window_dims, *params["dimension_numbers"].operand_batching_dims}
-        windows = [dim for place, dim in enumerate(inputs[0]) if place not in outside]
-        yield from zip(windows, [inputs[2][place] for place in params["dimension_numbers"].update_window_dims])
+        numbers = params["dimension_numbers"]
+        outside = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        yield from (((2, one), (0, other)) for one, other in zip(numbers.update_window_dims, _without(result, outside)))
     elif name not in ("broadcast_in_dim", "transpose", "dot_general"):
-        alike = [dims for dims in inputs if len(dims) == len(outputs[0])] if outputs else []
-        yield from ((one, other) for dims in alike for result in outputs if len(result) == len(dims) for one, other in zip(dims, result))
+        for side, shape in enumerate(operands):
+            alike = [place for place, var in enumerate(equation.outvars) if len(_shape(var)) == len(shape)]
+            yield from (((side, dim), (place, dim)) for place in alike for dim in range(len(shape)))
 
 
-def _needed_whole(equation: JaxprEqn, var: Any) -> Sequence[int]:
-    """The dimensions of an operand that an operation works along, by halves or as one; all of them where it is not known."""
-    if isinstance(var, Literal) or not _shape(var) or _runs_others(equation):
-        return ()
-    if behaviour(equation.primitive.name).kind == "unknown":
-        return range(len(_shape(var)))
+def _along(equation: JaxprEqn) -> Iterator[Place]:
+    """Dimensions of operands that an operation works along, by halves or as one; all of them where it is not known."""
+    if _runs_others(equation):
+        return
     along = equation.params.get(_ALONG.get(equation.primitive.name, ""))
-    return () if along is None else (along % len(_shape(var)),)
+    for side, var in enumerate(equation.invars):
+        rank = 0 if isinstance(var, Literal) else len(_shape(var))
+        if behaviour(equation.primitive.name).kind == "unknown":
+            yield from ((side, dim) for dim in range(rank))
+        elif rank and along is not None:
+            yield side, along % rank
 
 
 _ALONG = {"sort": "dimension", **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k"), "axis")}
@@ -163,6 +183,10 @@ _ALONG = {"sort": "dimension", **dict.fromkeys(("cumsum", "cumprod", "cummax", "
 
 def _runs_others(equation: JaxprEqn) -> bool:
     return bool(read_scan(equation) or read_while(equation) or read_branches(equation)) or called(equation) is not None
+
+
+def _without(shape: Sequence[int], gone: Collection[int]) -> list[int]:
+    return [dim for dim in range(len(shape)) if dim not in gone]
 
 
 def _shape(var: Any) -> tuple[int, ...]:
