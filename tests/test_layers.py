@@ -41,7 +41,7 @@ LAYERS = [
     {"operations"},
     {"ties"},
     {"programs"},
-    {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "jaxprs", "processor", "rates", "schedule", "software"},
+    {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "jaxprs", "processor", "rates", "schedule", "software", "versions"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]

@@ -11,6 +11,7 @@ from parafit.networks import named
 from parafit.plan import Plan
 from parafit.program import Program
 from parafit.search import search
+from parafit.versions import knows_memory
 
 RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
 """The techniques that this version runs; it prices others."""
@@ -133,7 +134,7 @@ def step_program(step: Any, batch: Any, name: str, *, here: bool = True) -> Prog
     from parafit.rewrite import rewrite_jaxpr
     from parafit.trace import trace_step
 
-    lower = rewrite_jaxpr if here and jax.default_backend() == "cpu" else None
+    lower = rewrite_jaxpr if here and jax.default_backend() == "cpu" and knows_memory() else None
     program = trace_step(step, step.read(), batch, fixed=step.read_fixed(), name=name, lower=lower)
     return replace(program, couples_batch=program.couples_batch or step.parts.couples) if step.parts else program
 
