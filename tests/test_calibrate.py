@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,11 +87,23 @@ def test_a_calibrated_machine_prices_more_work_higher(calibrated):
     assert math.isclose(sum(large.times.values()), large.seconds)
 
 
-def test_a_file_of_another_version_is_passed_over(cache):
+@pytest.mark.parametrize("content", [b'{"format": 99}', b'{"format": 1, "na', b"", b"\xff\xfe\0", b"[1]"])
+def test_a_file_of_another_version_or_a_damaged_one_goes_with_a_line(cache, capsys, content):
     path = calibrate.machine_path()
     path.parent.mkdir(parents=True)
-    path.write_text('{"format": 99}')
+    path.write_bytes(content)
     assert calibrate.here() == calibrate.detect()
+    assert "`parafit machine --calibrate` measures anew" in capsys.readouterr().out
+    assert not path.exists()
+    assert calibrate.here() == calibrate.detect()
+    assert not capsys.readouterr().out
+
+
+def test_a_calibration_is_its_owners_alone_and_a_small_part_of_what_may_be_kept(calibrated):
+    path = calibrated[1]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(path.parent.stat().st_mode) & 0o077 == 0
+    assert path.stat().st_size < calibrate._MOST_BYTES / 100
 
 
 def test_the_id_tells_versions_and_devices_apart():

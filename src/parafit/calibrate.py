@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,16 +52,28 @@ def here() -> Machine:
     >>> machine.device_count == jax.device_count()
     True
     """
-    path = machine_path()
-    try:
-        return Machine.load(path) if path.exists() else detect()
-    except MachineError:  # written by another version
-        return detect()
+    return _calibrated() or detect()
 
 
 def is_calibrated() -> bool:
     """Whether this machine's numbers were measured, by `calibrate`."""
-    return machine_path().exists()
+    return _calibrated() is not None
+
+
+def _calibrated() -> Machine | None:
+    """This machine as it was calibrated; a file that is damaged, or of another version, goes."""
+    path = machine_path()
+    if not path.exists():
+        return None
+    try:
+        with suppress(OSError):
+            os.utime(path)  # in use: `prune` takes others first
+        return Machine.load(path)
+    except (MachineError, OSError, UnicodeDecodeError) as error:
+        print(f"parafit: this machine's calibration cannot be read and goes; `parafit machine --calibrate` measures anew: {error}")
+        with suppress(OSError):
+            path.unlink()
+        return None
 
 
 def detect() -> Machine:
