@@ -1,9 +1,11 @@
 """What `make dist` makes, installed into an empty environment, runs README's example."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -34,6 +36,15 @@ def dist(tmp_path_factory):
         pytest.skip(f"no package index can be reached: {asked.stderr.strip().splitlines()[-1]}")
     run("make", "dist", f"DIST={folder / 'dist'}", f"VENV={sys.prefix}", cwd=ROOT)
     return folder / "dist"
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-newest.txt"])
+def test_constraints_pin_all_that_is_asked_for(name):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    asked = [re.match(r"[\w-]+", each)[0] for each in (*project["dependencies"], *extras["nnx"], *extras["test"], *extras["dev"])]
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / name).read_text(encoding="utf-8").split()}
+    assert set(asked) <= pinned
 
 
 @pytest.mark.slow

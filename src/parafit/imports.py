@@ -54,7 +54,8 @@ class _Following:
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            sys.meta_path.remove(self)
-            self._then(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self._then(module)
 
         loader.exec_module = exec_module
