@@ -19,7 +19,7 @@ LAYERS = [
     {"forecast"},
     {"run", "perceptron", "planner"},
     {"progress"},
-    {"chunk", "data", "safeguard", "report"},
+    {"checks", "chunk", "data", "safeguard", "report"},
     {"techniques", "contract"},
     {"calibrate", "models"},
     {"probes", "nnx"},
@@ -39,6 +39,7 @@ LAYERS = [
     {"program", "walk", "machine"},
     {"operations"},
     {"ties"},
+    {"arguments", "nnx_checks", "targets"},
     {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "rates", "schedule", "software"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

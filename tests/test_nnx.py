@@ -241,7 +241,7 @@ def test_the_batch_is_what_fit_was_given():
 
     def weighted(module, batch):
         x, y, weight = batch
-        return jnp.mean(weight * (module(x) - y) ** 2)
+        return jnp.mean(weight[:, None] * (module(x) - y) ** 2)
 
     x = np.ones((8, 3), "float32")
     model = Trainable(module, loss=weighted, optimizer=optax.sgd(0.1))
