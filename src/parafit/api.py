@@ -107,7 +107,7 @@ def fit(
     checks.build(adapter, feed, "fit")
     step = adapter.train_step()
     program = forecast.programs(adapter, step, feed.shapes)
-    placement = _choose(plan, placement, step, feed, program)
+    placement = _choose(plan, placement, step, feed, program, verbose)
     if verbose and placement.plan.ranking:
         print(placement.plan)
     placement = settle(placement, step, program)
@@ -175,7 +175,7 @@ def evaluate(
     checks.build(adapter, feed, "evaluate")
     step = adapter.test_step()
     program = forecast.programs(adapter, step, feed.shapes)
-    placement = settle(_choose(plan, placement, step, feed, program), step, program)
+    placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     logs = _evaluate(adapter, feed, listed, placement)
     return logs if return_dict else adapter.scores(logs)
@@ -216,7 +216,7 @@ def predict(
     checks.build(adapter, feed, "predict")
     step = adapter.predict_step()
     program = forecast.programs(adapter, step, feed.shapes)
-    placement = settle(_choose(plan, placement, step, feed, program), step, program)
+    placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     strides = batch_strides(listed, "predict", model.steps_per_execution)
     feed.limit(strides)
@@ -245,9 +245,11 @@ def _evaluate(adapter: Adapter, feed: data.Feed, callbacks, placement: Placement
     return run.evaluate(adapter, feed, callbacks, run.Pace(strides), placement)
 
 
-def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program) -> Placement:
+def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program, verbose) -> Placement:
     """The placement of the plan that was asked for, or for "auto" of the one that suits the model, the data and the machine."""
-    return Placement(forecast.best_plan(step, program)) if plan == "auto" and feed.knows_shapes else placement
+    if plan != "auto" or not feed.knows_shapes:
+        return placement
+    return Placement(forecast.best_plan(step, program, tell=print if verbose else lambda words: None))
 
 
 def _why_stepwise(adapter: Adapter, *parts) -> str | None:

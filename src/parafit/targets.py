@@ -215,6 +215,9 @@ def _alike(size: int | None, other: int | None) -> bool:
 
 
 def shape_words(shape: Shape) -> str:
+    """A shape in a message: `(rows, 10)`."""
+    if not shape:
+        return "()"
     inner = ["rows", *("any" if size is None else str(size) for size in shape[1:])]
     return f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
 
