@@ -64,7 +64,7 @@ def check_split(x: Any, validation_split: float) -> None:
         x: as in `fit`.
         validation_split: the share of the rows to validate on, above 0.
     """
-    leaf = jax.tree.leaves(x)[0]
+    leaf = jax.tree.leaves(x, is_leaf=lambda part: not isinstance(part, (list, tuple, dict)))[0]
     if not hasattr(leaf, "shape") or not hasattr(leaf, "__getitem__"):
         raise DataError(
             f"validation_split={validation_split} needs arrays, and x is a {type(leaf).__name__}. Pass validation_data= instead."

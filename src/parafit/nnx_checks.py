@@ -19,7 +19,7 @@ from flax import nnx
 from jax.extend.core import Var
 
 from parafit.compat import unpack
-from parafit.errors import DataError
+from parafit.errors import DataError, ParafitError
 
 _PROMOTION = re.compile(r"rank promotion for (\w+) on shapes (.*?)\. ")
 _FAULTS = (TypeError, ValueError, IndexError, KeyError)
@@ -44,6 +44,8 @@ def try_out(function: Callable, batch: Any, *, what: str) -> Any:
     """
     try:
         return jax.eval_shape(function, batch)
+    except ParafitError:
+        raise
     except _FAULTS as error:
         raise DataError(f"{what} cannot be computed from {_words(batch)}: {_reason(error)}{_advice(what, batch)}") from error
 
