@@ -49,20 +49,28 @@ def _whole(least: int, *, optional: str = "") -> Callable[[Any], str]:
     """A check that gives what was expected, "" where all is well."""
 
     def check(value: Any) -> str:
-        if (value is None and optional) or (isinstance(value, Integral) and not isinstance(value, bool) and value >= least):
+        if (value is None and optional) or (_is_whole(value) and value >= least):
             return ""
         return f"a whole number of at least {least}" + (f", or None for {optional}" if optional else "")
 
     return check
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _share(value: Any) -> str:
-    good = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1
+    good = _is_number(value) and 0 <= value < 1
     return "" if good else "a share of the rows from 0 up to, but not, 1, such as 0.2"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _verbose(value: Any) -> str:
-    good = value == "auto" if isinstance(value, str) else isinstance(value, Integral) and 0 <= value <= 2
+    good = value == "auto" if isinstance(value, str) else (_is_whole(value) or isinstance(value, bool)) and 0 <= value <= 2
     return "" if good else "'auto', 0 (silent), 1 (a progress bar) or 2 (a line an epoch)"
 
 
@@ -77,7 +85,7 @@ def _shuffle(value: Any) -> str:
 
 
 def _class_weight(value: Any) -> str:
-    good = isinstance(value, Mapping) and all(isinstance(key, Real) and key % 1 == 0 for key in value)
+    good = isinstance(value, Mapping) and all(_is_number(key) and key % 1 == 0 for key in value)
     return "" if value is None or good else "a dict from class numbers to weights, such as {0: 1.0, 1: 5.0}"
 
 

@@ -115,7 +115,7 @@ class _Check:
         matched = [] if inputs is None else _matched_inputs(model, inputs, x)
         for tensor, leaf in matched:
             _check_input(model, tensor, leaf.shape, several=len(matched) > 1)
-        tokens = [
+        tokens: list[_Tokens | Pair] = [
             _Tokens(layer.name, layer.input_dim, leaf.number)
             for layer, read in (compat.embeddings(model) if matched else ())
             for tensor, leaf in matched

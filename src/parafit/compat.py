@@ -127,7 +127,7 @@ def symbolic_ends(model) -> tuple[Any, Any]:
 
     Keras 3.15: private; the public lists `inputs` and `outputs` are flat. A class with a `call` of its own computes what it likes.
     """
-    graph = model._functional if isinstance(model, keras.Sequential) else model
+    graph: Any = model._functional if isinstance(model, keras.Sequential) else model
     if type(model).call.__module__.startswith("keras.") and hasattr(graph, "_outputs_struct"):
         return graph._inputs_struct, graph._outputs_struct
     return None, None
@@ -171,7 +171,7 @@ def loss_function(loss) -> tuple[str, dict]:
 
     Keras 3.15: the options are private.
     """
-    function = getattr(loss, "fn", None)
+    function: Any = getattr(loss, "fn", None)
     owners = type(loss).call, type(loss).__call__, getattr(function, "__module__", "")
     if owners != (LossFunctionWrapper.call, keras.Loss.__call__, LossFunctionWrapper.__module__):
         return "", {}

@@ -10,6 +10,7 @@ import numpy as np
 
 from parafit import api, forecast
 from parafit.errors import DataError, NonFiniteLossError
+from parafit.mesh import Placement
 from parafit.plan import Plan
 from parafit.tables import network, show, summary
 from parafit.tables.folder import TableModel, check_folder, write_folder
@@ -86,7 +87,7 @@ def train(
         check_folder(out)
     if model is not None:
         network.check_model_file(model)
-    Plan.read(plan)
+    Placement(Plan.read(plan))  # refuses what cannot run here
     screen = show.Screen(verbose)
     frame = _read_training_table(table, target)
     goal, split, preparation = _prepare(frame, target, task, seed)
