@@ -66,7 +66,7 @@ def test_plan_of_a_python_file(run, tmp_path):
         (["gpt:125m", "--batch-size", 8, "--machine", "h1000"], "Presets are"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h100x9"], "there is no machine 'h100x9'. Did you mean 'h100x8'?"),
         (["gtp:125m", "--batch-size", 8], "there is no network and no file 'gtp:125m'. Did you mean 'gpt:125m'?"),
-        (["gpt:125b", "--batch-size", 8, "--machine", "h100x8"], "cannot read 'gpt:125b'. Did you mean 'gpt:125m'?"),
+        (["gpt:125b", "--batch-size", 8, "--machine", "h100x8"], "cannot read 'gpt:125b'. Did you mean 'gpt:175b'?"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--allow", "tensr"], "Did you mean 'tensor'?"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--instead", "tensr=8"], "Did you mean 'tensor'?"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--max-gib", 0], "x>0"),

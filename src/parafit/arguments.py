@@ -49,7 +49,7 @@ def _whole(least: int, *, optional: str = "") -> Callable[[Any], str]:
     """A check that gives what was expected, "" where all is well."""
 
     def check(value: Any) -> str:
-        if (value is None and optional) or (_is_whole(value) and value >= least):
+        if (_is_whole(value) and value >= least) if value is not None else optional:
             return ""
         return f"a whole number of at least {least}" + (f", or None for {optional}" if optional else "")
 

@@ -87,11 +87,11 @@ class Pair:
 
     def _shape_advice(self) -> str:
         output, target = self.output, self.target
-        if self.function == "sparse_categorical_crossentropy" and len(target) == len(output) and target[-1] == output[-1]:
+        if self.function == "sparse_categorical_crossentropy" and len(target) == len(output) and target[-1:] == output[-1:]:
             return "These look like one-hot labels: use the loss 'categorical_crossentropy', or class numbers: y.argmax(axis=-1)."
-        if self.function == "categorical_generalized_cross_entropy" and target[-1] == 1:
+        if self.function == "categorical_generalized_cross_entropy" and target[-1:] == (1,):
             return "Drop the last axis: y[:, 0]."
-        labels = same_shape(target, output[:-1]) or (target[-1] == 1 and same_shape(target[:-1], output[:-1]))
+        labels = same_shape(target, output[:-1]) or (target[-1:] == (1,) and same_shape(target[:-1], output[:-1]))
         if self.function in _ONE_HOT and labels:
             return (
                 f"These look like class numbers: use the loss 'sparse_categorical_crossentropy', or one-hot labels: "
@@ -104,7 +104,7 @@ class Pair:
             )
         if len(output) > max(2, len(target)) or (len(output) == 3 and len(target) == 2):
             return "For one target a row reduce the outputs to one (return_sequences=False, pooling or Flatten), or give each its target."
-        last = 1 if len(target) == 1 else target[-1]
+        last = target[-1] if len(target) > 1 else 1
         return f"Give the targets that shape, or let the network end with {last} {'output' if last == 1 else 'outputs'}."
 
     def check_weights(self, shape: Shape) -> None:
