@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -72,6 +73,11 @@ BAD = {
     "no target": (["train", "things.csv"], "Missing option '--target'"),
     "bad epochs": (["train", "things.csv", "--target", "kind", "--epochs", "0"], "0 is not in the range"),
     "ragged": (["train", "ragged.csv", "--target", "a"], "line 3 of 'ragged.csv' has 3 fields"),
+    "unknown axis": (["train", "things.csv", "--target", "kind", "--plan", "dta=2"], "Did you mean 'data'?"),
+    "too many devices": (
+        ["train", "things.csv", "--target", "kind", "--plan", "data=64"],
+        "wants 64 devices, but there are 8 (cpu). Choose a smaller plan, or, to simulate devices on CPU, set JAX_NUM_CPU_DEVICES=64 in the",
+    ),
     "bad plan": (["train", "things.csv", "--target", "kind", "--plan", "data=0"], "data=0"),
     "foreign folder": (["train", "things.csv", "--target", "kind", "--out", "foreign"], "holds 'thesis.txt', which parafit did not write"),
     "no model file": (["train", "things.csv", "--target", "kind", "--model", "net.keras"], "there is no file 'net.keras'"),
@@ -95,6 +101,19 @@ def test_bad_input_ends_with_2_and_one_message(run, tmp_path, name):
     assert message in err
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_advice_follows_the_caller(run, monkeypatch):
+    write_table("things.csv")
+    (Path("net.py")).write_text(
+        "import keras\n\ndef build_model(shape, size):\n    model = keras.Sequential([keras.Input(shape), keras.layers.Dense(size)])\n"
+        "    model.compile(keras.optimizers.SGD(1e30), 'mse')\n    return model\n"
+    )
+    code, out, err = run("train", "things.csv", "--target", "size", "--model", "net.py", "--epochs", 5)
+    assert code == 2
+    assert "the loss became" in err
+    assert "--model" in err
+    assert "keras.callbacks" not in out + err
 
 
 def test_columns_that_prediction_lacks_or_that_changed(run, tmp_path):

@@ -20,7 +20,7 @@ LAYERS = [
     {"forecast"},
     {"run", "perceptron", "planner"},
     {"progress"},
-    {"chunk", "data", "safeguard", "report"},
+    {"checks", "chunk", "data", "safeguard", "report"},
     {"techniques", "contract", "even"},
     {"calibrate", "models"},
     {"probes", "nnx"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"program", "walk", "machine"},
     {"operations"},
     {"ties"},
-    {"programs"},
+    {"arguments", "nnx_checks", "programs", "targets"},
     {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "jaxprs", "processor", "rates", "schedule", "software", "versions"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

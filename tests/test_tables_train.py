@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 from sklearn import metrics
 
-from parafit import api, tables
+from parafit import Plan, api, forecast, tables
 from parafit.errors import DataError, ModelError, NonFiniteLossError, OutputError, PlanError
 from parafit.tables import folder, network, prediction
 from parafit.tables.network import choose_settings
@@ -253,6 +254,46 @@ def test_a_damaged_model(tmp_path):
     (tmp_path / "a" / "model.keras").write_text("x")
     with pytest.raises(ModelError, match="cannot load a network from"):
         tables.predict(tmp_path / "a", flowers())
+
+
+DAMAGE = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "turned": lambda content: content[:-20] + bytes(reversed(content[-20:])),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in folder.FILES if name != "report.html"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_of_a_folder(trained, tmp_path, name, damage):
+    place = shutil.copytree(trained[1], tmp_path / "a")
+    content = (place / name).read_bytes()
+    (place / name).write_bytes(DAMAGE[damage](content))
+    with pytest.raises((DataError, ModelError), match=f"{name}.*([Cc]opy|another run|cannot load)"):
+        tables.predict(place, flowers())
+
+
+def test_a_folder_of_two_runs(trained, tmp_path):
+    train(epochs=1, seed=5, out=tmp_path / "b")
+    for name in ("model.keras", "preprocessing.json"):
+        place = shutil.copytree(trained[1], tmp_path / name)
+        shutil.copy(tmp_path / "b" / name, place / name)
+        with pytest.raises(DataError, match=f"{name} is not what training wrote there: .*from another run.*Copy the whole folder"):
+            tables.predict(place, flowers())
+
+
+def test_auto_asks_the_planner(monkeypatch):
+    asked = []
+
+    def best(step, program, **_):
+        asked.append(step.name)
+        return Plan.parse("data=2")
+
+    monkeypatch.setattr(forecast, "best_plan", best)
+    assert train(epochs=1).plan == Plan.parse("data=2")
+    assert asked == ["train"]
+    assert train(epochs=1, plan="single").plan == Plan()
+    assert asked == ["train"]
 
 
 @pytest.mark.parametrize("finished", [0, 5])

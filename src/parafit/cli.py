@@ -18,7 +18,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except ParafitError as error:
-        click.echo(f"parafit: {error}", err=True)
+        click.echo(f"parafit: {error.command_line}", err=True)
         sys.exit(_FAILED)
     except (KeyboardInterrupt, click.Abort):
         click.echo("parafit: interrupted; nothing was written.", err=True)
@@ -79,7 +79,7 @@ def predict(folder: Path, table: Path, out: Path) -> int:
 @click.option("--hosts", type=click.IntRange(min=1), help="How many of these machines.")
 @click.option("--network", metavar="RATE", help="Bandwidth between hosts for each device, such as 400Gb.")
 @click.option("--goal", type=click.Choice(["time", "memory", "cost"]), default="time", show_default=True, help="What to minimise.")
-@click.option("--max-gib", type=float, help="Memory that a device may use. Default: all of it.")
+@click.option("--max-gib", type=click.FloatRange(min=0, min_open=True), help="Memory that a device may use. Default: all of it.")
 @click.option("--allow", metavar="NAMES", help="Techniques that may be used, such as data,tensor,zero. Default: all that keep the numbers.")
 @click.option("--instead", metavar="PLAN", help='A plan to compare with, such as "data=8,tensor=8".')
 @click.option(

@@ -60,9 +60,11 @@ class Placement:
         _check_runs(self.plan)
         wanted, there = self.plan.device_count, jax.device_count()
         if wanted > there:
-            raise PlanError(
+            raise PlanError.advising(
                 f"plan {self.plan.short()!r} wants {wanted} devices, but there are {there} ({jax.default_backend()}). "
-                f"Choose a smaller plan, or, to simulate devices on CPU, call jax.config.update('jax_num_cpu_devices', {wanted}) first."
+                "Choose a smaller plan, or, to simulate devices on CPU,",
+                python=f"call jax.config.update('jax_num_cpu_devices', {wanted}) first.",
+                command=f"set JAX_NUM_CPU_DEVICES={wanted} in the environment.",
             )
 
     @cached_property

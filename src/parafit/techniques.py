@@ -52,17 +52,29 @@ def _check_parts(step: Step, parts: Parts, batch: Any, plan: str) -> None:
     reason = parts.couples
     if not reason and "random_bits" in str(jax.make_jaxpr(loss)(batch)):
         reason = "it draws random numbers for all rows of a batch at a time"
+    if not reason and len(lengths := sorted({leaf.shape[:1] for leaf in jax.tree.leaves(batch)})) > 1:
+        reason = f"its arrays have different numbers of rows ({', '.join(str(*length) or 'none' for length in lengths)})"
     if not reason:
-        rows = jax.tree.map(_two_rows, batch)
-        both, *each = (float(loss(part)) for part in (rows, _row(rows, 0), _row(rows, 1)))
-        if not math.isclose(both, sum(each) / 2, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
-            told = f"the loss of two rows is {both:.6g}, and the mean of their losses {sum(each) / 2:.6g}"
-            reason = f"{told}: it sums over the batch, or ties its rows"
+        reason = _why_not_mean(loss, batch)
     if reason:
         raise PlanError(
             f"plan {plan!r}: a batch of this model cannot be cut into microbatches: {reason}. Leave microbatches out of the plan; "
             "recompute=blocks and zero= save memory as well."
         )
+
+
+def _why_not_mean(loss: Callable, batch: Any) -> str:
+    """Why the loss of a batch is not the mean of the losses of its parts, by two rows; "" where it is."""
+    rows = jax.tree.map(_two_rows, batch)
+    try:
+        both, *each = (float(loss(part)) for part in (rows, _row(rows, 0), _row(rows, 1)))
+    except (TypeError, ValueError) as error:
+        size = next(leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape)
+        return f"it takes {size} rows only ({(str(error).splitlines() or [''])[0].rstrip('.')})"
+    if math.isclose(both, sum(each) / 2, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
+        return ""
+    told = f"the loss of two rows is {both:.6g}, and the mean of their losses {sum(each) / 2:.6g}"
+    return f"{told}: it sums over the batch, or ties its rows"
 
 
 def _two_rows(leaf: Any) -> Any:

@@ -1,5 +1,6 @@
 """The folder that training leaves and prediction reads. It is there as a whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,11 @@ from parafit.plan import Plan
 from parafit.tables.network import load_keras_file
 from parafit.tables.prepare import Preparation
 
-FILES = ("model.keras", "preprocessing.json", "plan.json", "history.json", "scores.json", "report.html")
+FILES = ("model.keras", "preprocessing.json", "plan.json", "history.json", "scores.json", "report.html", "manifest.json")
+
+_READ = FILES[:5]
+_FORMAT = 1
+_MEND = "Copy the whole folder again, or train again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ def write_folder(folder: "str | Path", result: TableModel, report_html: str) -> 
         }
         for name, content in texts.items():
             (temporary / name).write_text(content, encoding="utf-8")
+        manifest = {"format": _FORMAT, "sha256": {name: _fingerprint(temporary / name) for name in _READ}}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         _swap(temporary, folder)
 
 
@@ -77,22 +84,46 @@ def read_folder(folder: "str | Path") -> TableModel:
     """What `write_folder` wrote.
 
     Raises:
-        DataError: not such a folder.
+        DataError: not such a folder, or one whose files are damaged, or of more than one run.
     """
     folder = Path(folder)
-    absent = [name for name in FILES[:-1] if not (folder / name).is_file()]
+    absent = [name for name in (*_READ, "manifest.json") if not (folder / name).is_file()]
     if absent:
         what = "there is no folder" if not folder.is_dir() else f"there is no {absent[0]} in"
         raise DataError(f"{what} {str(folder)!r}: expected a folder that `parafit train` wrote.")
-    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    model = load_keras_file(folder / "model.keras")
+    _check_whole(folder)
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in _READ[1:]}
+    history = json.loads(texts["history.json"])
     return TableModel(
-        model=load_keras_file(folder / "model.keras"),
-        preparation=Preparation.from_json((folder / "preprocessing.json").read_text(encoding="utf-8")),
-        plan=Plan.load(folder / "plan.json"),
+        model=model,
+        preparation=Preparation.from_json(texts["preprocessing.json"]),
+        plan=Plan.from_json(texts["plan.json"]),
         history=history["epochs"],
-        scores=json.loads((folder / "scores.json").read_text(encoding="utf-8")),
+        scores=json.loads(texts["scores.json"]),
         stopped=history["stopped"],
     )
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a folder whose files are not those that were written together."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        written = {name: manifest["sha256"][name] for name in _READ} if manifest["format"] == _FORMAT else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{str(folder / 'manifest.json')!r} is damaged. {_MEND}") from error
+    if not written:
+        raise DataError(f"folder {str(folder)!r} is of format {manifest['format']!r}, and this parafit reads {_FORMAT}. {_MEND}")
+    if changed := [name for name in _READ if _fingerprint(folder / name) != written[name]]:
+        raise DataError(
+            f"in {str(folder)!r}, {' and '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what training wrote there: damaged, "
+            f"changed, or from another run, so that predictions would be wrong. {_MEND}"
+        )
+
+
+def _fingerprint(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parafit import api
+from parafit import api, forecast
 from parafit.errors import DataError, NonFiniteLossError
+from parafit.mesh import Placement
 from parafit.plan import Plan
 from parafit.tables import network, show, summary
 from parafit.tables.folder import TableModel, check_folder, write_folder
@@ -86,7 +87,7 @@ def train(
         check_folder(out)
     if model is not None:
         network.check_model_file(model)
-    chosen_plan = Plan.read(plan)
+    Placement(Plan.read(plan))  # refuses what cannot run here
     screen = show.Screen(verbose)
     frame = _read_training_table(table, target)
     goal, split, preparation = _prepare(frame, target, task, seed)
@@ -96,9 +97,12 @@ def train(
     screen.table_read(_name(table), frame, preparation)
     keras.utils.set_random_seed(seed)
     net = _network(model, inputs.shape[1], preparation, settings, len(split.train))
-    screen.network(net, settings, chosen_plan, split)
     codes = goal.encode(frame.get_column(target))
-    run = _fit(net, inputs, network.encode_labels(net, goal, codes), split, settings, chosen_plan, screen)
+    labels = network.encode_labels(net, goal, codes)
+    found = forecast.plan_for(net, inputs[split.train], labels[split.train], batch_size=settings.batch_size, plan=plan)
+    screen.network(net, settings, found, split)
+    chosen_plan = replace(found)  # without its ranking, which was shown
+    run = _fit(net, inputs, labels, split, settings, chosen_plan, screen)
     outputs = api.predict(net, inputs, batch_size=_PREDICT_BATCH_SIZE, verbose=0, plan=chosen_plan)
     predictions = network.to_predictions(net, goal, outputs)
     scores = {part: score(goal, codes[rows], predictions[rows]) for part, rows in vars(split).items()}
@@ -196,7 +200,7 @@ def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Se
     except KeyboardInterrupt:
         stopped = "interrupted by Ctrl-C"
     except NonFiniteLossError as caught:
-        stopped, error = str(caught), caught
+        stopped, error = caught.command_line, caught
     if stopped and best.best_weights is not None:
         net.set_weights(best.best_weights)
     history = {name: [float(value) for value in values] for name, values in record.history.items()}
