@@ -30,7 +30,7 @@ def main() -> int:
         last = seed + (1 if arguments.only else _CASES_A_PROCESS)
         for seed, kind, told in _verdicts(range(seed, last), end):
             counts[kind] += 1
-            print(f"seed {seed}: {kind}", flush=True)
+            print(f"seed {seed}: {kind}" + (f", {told.splitlines()[0]:.160}" if kind == "refused" else ""), flush=True)
             if kind in ("different", "uneven", "error", "died", "hung"):
                 _report(seed, kind, told)
         seed += 1
