@@ -9,7 +9,7 @@ import numpy as np
 
 from parafit.errors import DataError
 from parafit.tables.numbers import PLAIN, NumberWriting, find_number_writing, parse_numbers
-from parafit.tables.rows import Rows
+from parafit.tables.rows import Rows, some_of
 from parafit.tables.text import says_missing
 from parafit.tables.times import ISO, TimeWriting, find_time_writing, parse_times
 
@@ -20,16 +20,15 @@ MOST_BAD = 0.1
 """A column stays numbers or times with at most this share of cells that are neither; they count as missing."""
 MANY_LEVELS = 32
 """A category column has one input for each of at most this many levels."""
+LARGEST_EXACT = 2**53
+"""Whole numbers beyond are not all float64."""
 
 _BOOLEANS = ("true", "false")
-_LARGEST_EXACT = 2**53
 _FEW_CODES = 0.01
 _CODE = r"^0\d|^(?:\d ?){16,}$|^\+(?:\d ?){7}"  # leading zeros, more digits than a float64 holds, telephone numbers
 _EXPONENT_CODE = r"^\d+[eE]\d+$"  # 12E4 and 120E3 are two codes
 _COMPACT_DATE = r"^(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$"
-_IDENTIFIER = re.compile(
-    r"(?i:(^|[\W_])(id|uuid|guid|index|row|rownum|rownames|code|zip|zipcode|postcode)$|^unnamed)|[a-z](Id|ID|Code)$"
-)
+_IDENTIFIER = re.compile(r"(?i:(^|[\W_])(id|uuid|guid|index|row|rownum|rownames|code|zip|zipcode|postcode)$|^unnamed)|[a-z](Id|ID|Code)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,14 @@ def recognise_column(series: "pl.Series", rows: Rows, *, comma: bool | None = No
     reason = _reason_codes_by_type(series)
     if reason:
         return Reading(kind="text", values=series.cast(pl.String), bad=none, reason=reason)
-    return Reading(kind="number", values=to_floats(series), writing=PLAIN, bad=none)
+    values, bad = to_floats(series)
+    return Reading(kind="number", values=values, writing=PLAIN, bad=bad)
+
+
+def as_numbers(series: "pl.Series") -> Reading:
+    """Texts as numbers, codes too."""
+    known = known_texts(series)
+    return _try(series, known, "number", *find_number_writing(series.filter(known).str.strip_chars()))
 
 
 def is_identifier(series: "pl.Series") -> bool:
@@ -113,13 +119,23 @@ def known_texts(series: "pl.Series") -> "pl.Series":
     return series.is_not_null() & ~says_missing(series.str.strip_chars()).fill_null(True)
 
 
-def to_floats(series: "pl.Series") -> "pl.Series":
-    """Numbers and durations (seconds) as float64, NaN as null."""
+def read_cells(series: "pl.Series", writing: NumberWriting | TimeWriting) -> "tuple[pl.Series, np.ndarray]":
+    """Texts as numbers or times, null where they are missing or bad, and the rows (indices) of the bad ones."""
+    known = known_texts(series)
+    texts = series.set(~known, None)
+    values = _parse(texts, writing)
+    if isinstance(writing, NumberWriting):
+        values = values.set(texts.str.contains(_CODE).fill_null(False), None)
+    return values, (known & values.is_null()).arg_true().to_numpy()
+
+
+def to_floats(series: "pl.Series") -> "tuple[pl.Series, np.ndarray]":
+    """Numbers and durations (seconds) as float64, NaN as null, and the rows (indices) of infinite ones, null too."""
     import polars as pl
 
     if series.dtype == pl.Duration:
         series = series.dt.total_microseconds() / 1e6
-    return series.cast(pl.Float64).fill_nan(None)
+    return _finite(series.cast(pl.Float64).fill_nan(None))
 
 
 def to_moments(series: "pl.Series") -> "pl.Series":
@@ -131,12 +147,17 @@ def to_moments(series: "pl.Series") -> "pl.Series":
     return series.cast(pl.Datetime("us"))
 
 
+def _finite(values: "pl.Series") -> "tuple[pl.Series, np.ndarray]":
+    infinite = values.is_infinite().fill_null(False)
+    return values.set(infinite, None), infinite.arg_true().to_numpy()
+
+
 def _reason_codes_by_type(series: "pl.Series") -> str:
     import polars as pl
 
     if series.dtype.is_integer():
         largest = max((abs(int(value)) for value in (series.min(), series.max()) if value is not None), default=0)  # type: ignore[arg-type]
-        if largest > _LARGEST_EXACT:
+        if largest > LARGEST_EXACT:
             return f"codes: a whole number of {len(str(largest))} digits, more than computing keeps"
     elif series.dtype.is_decimal():
         return _reason_codes_by_type(series.cast(pl.Int128)) if series.dtype.scale == 0 else ""  # type: ignore[attr-defined]
@@ -155,10 +176,7 @@ def _recognise_text(series: "pl.Series", rows: Rows, comma: bool | None, day_fir
     if len(best.bad) > MOST_BAD * len(texts):
         _check_no_mixture(best, series, len(texts), rows)
         return as_text
-    if best.kind == "time":
-        return best
-    reason = _reason_codes(texts)
-    return replace(as_text, reason=reason) if reason else _without_codes(series, best)
+    return best if best.kind == "time" else _without_codes(series, texts, best, as_text)
 
 
 def _best_reading(series: "pl.Series", known: "pl.Series", texts: "pl.Series", comma: bool | None, day_first: bool | None) -> Reading:
@@ -170,32 +188,25 @@ def _best_reading(series: "pl.Series", known: "pl.Series", texts: "pl.Series", c
 
 
 def _try(series: "pl.Series", known: "pl.Series", kind: str, writing, is_open: bool) -> Reading:
-    values = parse(series.set(~known, None), writing)
+    values = _parse(series.set(~known, None), writing)
     return Reading(kind=kind, values=values, writing=writing, bad=(known & values.is_null()).arg_true().to_numpy(), is_open=is_open)
 
 
-def parse(series: "pl.Series", writing: NumberWriting | TimeWriting) -> "pl.Series":
-    """Texts as numbers or times, null where they are none."""
-    return parse_numbers(series, writing) if isinstance(writing, NumberWriting) else parse_times(series, writing)
+def _parse(texts: "pl.Series", writing: NumberWriting | TimeWriting) -> "pl.Series":
+    return _finite(parse_numbers(texts, writing))[0] if isinstance(writing, NumberWriting) else parse_times(texts, writing)
 
 
-def _reason_codes(texts: "pl.Series") -> str:
-    """Why texts that can be read as numbers are codes: what is lost if they are read so."""
-    if texts.str.contains(_EXPONENT_CODE).all():
-        return f"codes such as {texts[0]!r}"
+def _without_codes(series: "pl.Series", texts: "pl.Series", reading: Reading, as_text: Reading) -> Reading:
+    """Text where reading codes as numbers would lose what tells them apart; a few among fractions or signs are bad cells."""
+    if texts.head(1).str.contains(_EXPONENT_CODE).all() and texts.str.contains(_EXPONENT_CODE).all():
+        return replace(as_text, reason=f"codes such as {texts[0]!r}")
     codes = texts.filter(texts.str.contains(_CODE))
-    if not len(codes) or (len(codes) <= _FEW_CODES * len(texts) and texts.str.contains(r"^[+-]|[.,]").any()):
-        return ""
-    return f"codes such as {codes[0]!r}"
-
-
-def _without_codes(series: "pl.Series", reading: Reading) -> Reading:
-    """A few cells that look like codes among numbers with fractions or signs are bad."""
-    codes = series.str.strip_chars().str.contains(_CODE).fill_null(False) & reading.values.is_not_null()
-    if not codes.any():
+    if not len(codes):
         return reading
-    bad = np.union1d(reading.bad, codes.arg_true().to_numpy())
-    return replace(reading, values=reading.values.set(codes, None), bad=bad)
+    if len(codes) > _FEW_CODES * len(texts) or not texts.str.contains(r"^[+-]|[.,]").any():
+        return replace(as_text, reason=f"codes such as {codes[0]!r}")
+    values, bad = read_cells(series, reading.writing)
+    return replace(reading, values=values, bad=bad)
 
 
 def _check_no_mixture(reading: Reading, series: "pl.Series", known: int, rows: Rows) -> None:
@@ -205,7 +216,7 @@ def _check_no_mixture(reading: Reading, series: "pl.Series", known: int, rows: R
         return
     raise DataError(
         f"column {series.name!r} holds {reading.kind}s, but {len(reading.bad):,} of {known:,} cells are none: "
-        f"{rows.list_cells(series, reading.bad)}. Mend these cells, leave them empty, or take the column out."
+        f"{some_of(rows.cells(series, reading.bad), len(reading.bad))}. Mend these cells, leave them empty, or take the column out."
     )
 
 

@@ -31,9 +31,7 @@ def from_memory(table: Any, *, name: str | None = None, first_row: int = 1) -> T
     frame = _to_polars(table)
     check_column_names(frame.columns, "the table")
     labels = (cs.categorical() | cs.enum()).cast(pl.String)
-    return Table(
-        frame=frame.with_columns(cs.float().fill_nan(None), labels), name=name or type(table).__name__, rows=Rows(first=first_row)
-    )
+    return Table(frame=frame.with_columns(cs.float().fill_nan(None), labels), name=name or type(table).__name__, rows=Rows(first=first_row))
 
 
 def _to_polars(table: Any) -> "pl.DataFrame":

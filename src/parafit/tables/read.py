@@ -2,16 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from parafit.errors import DataError
 from parafit.tables.memory import from_memory
 from parafit.tables.rows import Rows, Table, add_notes
 from parafit.tables.sheet import read_sheet
 from parafit.tables.text import TEXT_FORMATS, read_text
-
-if TYPE_CHECKING:
-    import polars as pl
 
 BINARY_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
 SHEET_FORMATS = (".xlsx",)

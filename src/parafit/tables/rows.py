@@ -9,7 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     import polars as pl
 
-_MOST_SHOWN = 5
+MOST_SHOWN = 5
+"""So many cells are named in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +42,25 @@ class Rows:
             return [f"line {line}" for line in self.lines(places)]
         return [f"row {place + self.first}" for place in places]
 
-    def list_cells(self, series: "pl.Series", rows) -> str:
-        """Some cells of a column with their places, in words.
+    def cells(self, series: "pl.Series", rows) -> list[str]:
+        """Some of these cells of a column with their places, in words.
 
         >>> import polars as pl
-        >>> Rows().list_cells(pl.Series(["x", "1", "y"]), [0, 2])
-        "'x' in row 1, 'y' in row 3"
+        >>> Rows().cells(pl.Series(["x", "1", "y"]), [0, 2])
+        ["'x' in row 1", "'y' in row 3"]
         """
-        shown = [int(row) for row in rows[:_MOST_SHOWN]]
-        words = ", ".join(f"{series[row]!r} in {place}" for row, place in zip(shown, self.name(shown)))
-        return words + (f", and {len(rows) - len(shown):,} more" if len(rows) > len(shown) else "")
+        shown = [int(row) for row in rows[:MOST_SHOWN]]
+        return [f"{series[row]!r} in {place}" for row, place in zip(shown, self.name(shown))]
+
+
+def some_of(words: list[str], count: int) -> str:
+    """The first of `count` things, and how many more there are.
+
+    >>> some_of(["'x' in row 1", "'y' in row 3"], 12)
+    "'x' in row 1, 'y' in row 3, and 10 more"
+    """
+    shown = words[:MOST_SHOWN]
+    return ", ".join(shown) + (f", and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +97,10 @@ def note_words(notes: Mapping[str, int]) -> list[str]:
     ['blank lines left out: 2', 'read as cp1252']
     """
     return [f"{words}: {count:,}" if count else words for words, count in notes.items()]
+
+
+def bad_words(cells: Mapping[str, tuple[list[str], int]]) -> list[str]:
+    """A line for each column with bad cells: some of them in words, and how many there are."""
+    return [
+        f"column {name}: cells that cannot be read, taken as missing: {some_of(words, count)}" for name, (words, count) in cells.items()
+    ]

@@ -38,9 +38,7 @@ def _read_cells(path: Path) -> "tuple[pl.DataFrame, dict[str, int]]":
     try:
         import fastexcel
     except ImportError as error:
-        raise DataError(
-            f"reading {str(path)!r} needs fastexcel: `pip install 'parafit[excel]'`, or save the sheet as CSV."
-        ) from error
+        raise DataError(f"reading {str(path)!r} needs fastexcel: `pip install 'parafit[excel]'`, or save the sheet as CSV.") from error
     try:
         book = fastexcel.read_excel(path)
         names = book.sheet_names

@@ -48,7 +48,7 @@ class TimeWriting:
 
     def words(self) -> str:
         """The order in words; empty for year-month-day."""
-        return "" if self == ISO else f"dates are {self.order}"
+        return "" if self == ISO else f"dates as {self.order}"
 
 
 ISO = TimeWriting()
@@ -116,8 +116,6 @@ def _formats(order: str) -> list[str]:
 
 
 def _read(dates: "pl.Series", form: str) -> "pl.Series":
-    import polars as pl
-
     zone = "UTC" if form.endswith("z") else None
     moments = dates.str.to_datetime(form, strict=False, time_unit="us", time_zone=zone).dt.replace_time_zone(None)
     return moments.set(moments.dt.year() < _FIRST_YEAR, None)
