@@ -205,7 +205,7 @@ def _without_codes(series: "pl.Series", texts: "pl.Series", reading: Reading, as
         return reading
     if len(codes) > _FEW_CODES * len(texts) or not texts.str.contains(r"^[+-]|[.,]").any():
         return replace(as_text, reason=f"codes such as {codes[0]!r}")
-    values, bad = read_cells(series, reading.writing)
+    values, bad = read_cells(series, reading.writing or PLAIN)
     return replace(reading, values=values, bad=bad)
 
 

@@ -74,6 +74,7 @@ def _plain_pandas(column: Any) -> Any:
         column = column.astype(column.cat.categories.dtype if column.notna().all() else object)
     if isinstance(column.dtype, pandas.PeriodDtype):
         column = column.dt.to_timestamp()
-    if column.dtype != object or not pandas.api.types.infer_dtype(column, skipna=True).startswith("mixed"):
-        return column
-    return column.map(str, na_action="ignore").astype(object)
+    kind = pandas.api.types.infer_dtype(column, skipna=True) if column.dtype == object else ""
+    if kind == "mixed-integer-float":
+        return column.astype(float)
+    return column.map(str, na_action="ignore").astype(object) if kind.startswith("mixed") else column

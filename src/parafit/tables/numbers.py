@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 _CURRENCY_CODES = r"AUD|BRL|CAD|CHF|CNY|CZK|DKK|EUR|GBP|HKD|HUF|ILS|INR|JPY|KRW|MXN|NOK|NZD|PLN|RON|RUB|SEK|SGD|THB|TRY|TWD|USD|ZAR"
 _CURRENCY = rf"(?:{_CURRENCY_CODES}|[A-Z]{{0,3}}[$€£¥₹₽₩₺]|kr\.?|Rs\.?|Fr\.?|zł|Kč|Ft)"  # alone may stand before a number: ID7 is a code
-_AFTER = r"[^\d\s.,'()+−-][^()]{0,23}"
+_AFTER = r"[^\d\s.,'()+\-−/:;=<>][^()\d]{0,20}|[\p{L}/]{0,10}(?:m|ft|in|yd|mi)\^?[23](?:/\p{L}{1,10})?"  # kg, % of GDP, kg/m3
 _BODY = r"\d(?:[\d.,' ]*\d)?[.,]?|[.,]\d+"
 _EXPONENT = r"(?:[eE][+-]?\d{1,3})?"
-_NUMBER = rf"^\(?\s?[+-]?\s?({_CURRENCY})?\s?[+-]?({_BODY}){_EXPONENT}\s?({_AFTER}?)?\s?\)?$"
+_NUMBER = rf"^\(?\s?[+-]?\s?({_CURRENCY})?\s?[+-]?({_BODY}){_EXPONENT}\s?({_AFTER})?\s?\)?$"
 _ROWS_TO_JUDGE = 2000
 _ROWS_TO_TELL = 3
 

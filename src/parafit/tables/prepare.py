@@ -157,7 +157,7 @@ def _reason_to_drop(reading: Reading, training: np.ndarray) -> str | None:
     if seen.null_count() == len(seen):
         return "no value in the training rows"
     if seen.n_unique() == 1:
-        return f"the same value everywhere ({seen[0]})"
+        return f"the same value everywhere ({columns.to_texts(seen)[0]})"
     return _reason_identifier(reading)
 
 

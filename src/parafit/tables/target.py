@@ -199,12 +199,22 @@ def _read(series: "pl.Series", task: str | None, rows: Rows) -> Reading:
     reading = recognise_column(series, rows)
     if reading.kind == "other" or series.dtype == pl.Duration or (reading.kind == "time" and task != "classification"):
         raise _no_target(series, reading)
+    if task is None and reading.kind == "number" and _are_codes(series):
+        return replace(reading, kind="text", values=series, reason=f"codes such as {series.drop_nulls()[0]!r}")
     if task != "regression" or reading.kind == "number":
         return reading
     numbers = as_numbers(series.cast(pl.String))
     if len(numbers.bad) > MOST_BAD * (len(series) - numbers.values.null_count() + len(numbers.bad)):
-        raise DataError(f"target {series.name!r} holds text such as {series[numbers.bad[0]]!r}: regression needs a number in each row.")
+        word = series[int(numbers.bad[0])]
+        raise DataError(f"target {series.name!r} holds text such as {word!r}: regression needs a number in each row.")
     return numbers
+
+
+def _are_codes(series: "pl.Series") -> bool:
+    """Whether whole numbers that run into one word, 3b and 4b, are more likely classes than quantities."""
+    import polars as pl
+
+    return series.dtype == pl.String and bool(series.str.contains(r"^\s*\d+\p{L}+\s*$").all())
 
 
 def _no_target(series: "pl.Series", reading: Reading) -> DataError:
@@ -230,11 +240,12 @@ def _judge_numbers(series: "pl.Series", reading: Reading, task: str | None) -> J
 def _judge_texts(series: "pl.Series", reading: Reading) -> Judgement:
     import polars as pl
 
-    reason = f"the target is {'boolean' if series.dtype == pl.Boolean else 'text'}" + (f", {reading.reason}" if reading.reason else "")
+    kind = "boolean" if series.dtype == pl.Boolean else "text"
+    reason = f"the target holds {reading.reason}" if reading.reason else f"the target is {kind}"
     known = reading.values.is_not_null()
     if series.dtype == pl.String:
         known &= (series.str.strip_chars() != "").fill_null(False)
-    values = "boolean" if series.dtype == pl.Boolean else "whole number" if series.dtype.is_integer() else "text"
+    values = "whole number" if series.dtype.is_integer() else kind
     rows = known.arg_true().to_numpy()
     return Judgement(task="classification", reason=reason, values=values, rows=rows, bad=np.zeros(0, int))
 
