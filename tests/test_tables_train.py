@@ -246,7 +246,7 @@ def test_predictions_do_not_replace_their_table(trained, tmp_path, way):
     out = table if way == "itself" else tmp_path / "link.csv"
     if way == "link":
         out.symlink_to(table)
-    with pytest.raises(OutputError, match="would replace .*, the table they are made from: choose another name"):
+    with pytest.raises(OutputError, match=r"would replace .*, the table they are made from: choose another name"):
         tables.predict_file(trained[1], table, out)
     assert table.read_text() == "length,colour\n1.0,blue\n"
 
