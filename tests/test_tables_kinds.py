@@ -9,6 +9,7 @@ from parafit.errors import DataError
 from parafit.tables.kinds import recognise, recognise_column
 from parafit.tables.numbers import NumberWriting, parse_numbers
 from parafit.tables.rows import Rows
+from parafit.tables.target import judge_target
 from parafit.tables.times import TimeWriting, parse_times
 
 
@@ -110,7 +111,7 @@ def test_a_stray_code_among_fractions_is_a_bad_cell():
 NUMBERS = [f"{number * 1.25:.2f}" for number in range(100)]
 
 
-@pytest.mark.parametrize("words", [["abc"], ["abc", "x", "-"], ["unknown"] * 10, ["12,5", "1.2.3"], ["5 kg"], ["inf"]])
+@pytest.mark.parametrize("words", [["abc"], ["abc", "x", "-"], ["unknown"] * 10, ["12,5", "1.2.3"], ["5 kg"], ["inf", "-nan"]])
 def test_a_few_bad_cells_leave_numbers_numbers(words):
     read = column([*NUMBERS, *words, None, "?"])
     assert (read.kind, read.bad.tolist()) == ("number", list(range(100, 100 + len(words))))
@@ -181,6 +182,14 @@ def test_the_table_decides_what_a_column_leaves_open():
     read = recognise(numbers, Rows())
     assert read["open"].values.to_list() == [1234, 2500]
     assert read["comma"].values.to_list() == [1.234, 2]
+    typed = recognise(pl.DataFrame({"open": ["1,234", "2,500"], "typed": [0.5, 1.25]}), Rows())
+    assert typed["open"].values.to_list() == [1234, 2500]
+
+
+def test_the_table_decides_what_a_target_leaves_open():
+    table = pl.DataFrame({"german": ["0,5", "1,25"] * 30, "y": [f"{number},{number:03}" for number in range(1, 61)]})
+    assert judge_target(table["y"]).writing.decimal == "."
+    assert judge_target(table["y"], table=table).writing.decimal == ","
 
 
 def test_another_writing_than_that_of_training_is_not_read():

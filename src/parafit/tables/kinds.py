@@ -1,7 +1,6 @@
 """What the values of each column are: numbers, times, booleans or texts, and how they are written."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,10 @@ def recognise(frame: "pl.DataFrame", rows: Rows) -> dict[str, Reading]:
     Raises:
         DataError: numbers or times among which too many cells are words.
     """
+    import polars as pl
+
     readings = {series.name: recognise_column(series, rows) for series in frame.iter_columns()}
-    comma, day_first = _customs(readings)
+    comma, day_first = _customs([reading for name, reading in readings.items() if frame.schema[name] == pl.String])
     for name, reading in readings.items():
         if reading.is_open and (comma if reading.kind == "number" else day_first) is not None:
             readings[name] = recognise_column(frame.get_column(name), rows, comma=comma, day_first=day_first)
@@ -193,7 +194,9 @@ def _try(series: "pl.Series", known: "pl.Series", kind: str, writing, is_open: b
 
 
 def _parse(texts: "pl.Series", writing: NumberWriting | TimeWriting) -> "pl.Series":
-    return _finite(parse_numbers(texts, writing))[0] if isinstance(writing, NumberWriting) else parse_times(texts, writing)
+    if isinstance(writing, NumberWriting):
+        return _finite(parse_numbers(texts, writing).fill_nan(None))[0]
+    return parse_times(texts, writing)
 
 
 def _without_codes(series: "pl.Series", texts: "pl.Series", reading: Reading, as_text: Reading) -> Reading:
@@ -220,16 +223,14 @@ def _check_no_mixture(reading: Reading, series: "pl.Series", known: int, rows: R
     )
 
 
-def _customs(readings: Mapping[str, Reading]) -> tuple[bool | None, bool | None]:
+def _customs(readings: list[Reading]) -> tuple[bool | None, bool | None]:
     """Whether numbers have a decimal comma and whether dates begin with the day, where columns tell and agree."""
-    commas = {
-        reading.writing.decimal == ","
-        for reading in readings.values()
-        if isinstance(reading.writing, NumberWriting) and not reading.is_open and _has_fractions(reading)
-    }
-    orders = {reading.writing.order for reading in readings.values() if isinstance(reading.writing, TimeWriting) and not reading.is_open}
+    told = [reading for reading in readings if not reading.is_open]
+    numbers = [reading.writing for reading in told if isinstance(reading.writing, NumberWriting) and _has_fractions(reading)]
+    orders = [reading.writing.order for reading in told if isinstance(reading.writing, TimeWriting)]
+    commas = {writing.decimal == "," for writing in numbers}
     days = {order == "day.month.year" for order in orders if order in ("day.month.year", "month/day/year")}
-    return next(iter(commas)) if len(commas) == 1 else None, next(iter(days)) if len(days) == 1 else None
+    return commas.pop() if len(commas) == 1 else None, days.pop() if len(days) == 1 else None
 
 
 def _has_fractions(reading: Reading) -> bool:

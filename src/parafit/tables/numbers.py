@@ -22,7 +22,6 @@ _VOTES = {
     ".": r",.*\.|^(0|\d{4,})?\.\d|^\d+\.(\d{0,2}|\d{4,})$|^\d{1,3}(,\d{2,3})+,\d{3}$|^\d{1,3}([ ']\d{3})+\.\d*$",
 }
 """Bodies that can only be read with this decimal sign."""
-_EITHER = r"^[1-9]\d{0,2}[.,]\d{3}$"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,9 @@ def fit_preparation(frame: "pl.DataFrame", target: Target, training: np.ndarray,
         DataError: no column is left to learn from, or one holds numbers or times and too many cells that are none.
     """
     treatments, dropped = [], {}
-    for name, reading in recognise(frame.drop(target.name), rows).items():
+    for name, reading in recognise(frame, rows).items():
+        if name == target.name:
+            continue
         reading = _as_identifier(frame.get_column(name), reading)
         reason = _reason_to_drop(reading, training)
         if reason:
@@ -139,7 +141,7 @@ def check_columns(frame: "pl.DataFrame", names: list[str]) -> None:
     close = difflib.get_close_matches(absent[0], frame.columns, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     others = f" (and {len(absent) - 1} more: {', '.join(map(repr, absent[1:6]))})" if len(absent) > 1 else ""
-    has = ", ".join(map(repr, frame.columns[:12])) + (", …" if frame.width > 12 else "")
+    has = ", ".join(map(repr, frame.columns[:12])) + (", …" if frame.width > 12 else "") or "no columns"
     raise DataError(f"the table has no column {absent[0]!r}{others}; it has {has}.{hint}")
 
 

@@ -34,7 +34,7 @@ class Screen:
         self._print(f"table    {name}: {frame.height:,} rows, {frame.width} columns")
         self._print(f"target   {target.name}: {target.task}, {_target_words(target)}, because {target.reason}")
         other = "regression" if target.task == "classification" else "classification"
-        if "whole numbers" in target.reason:
+        if any(word in target.reason for word in ("whole number", "codes", "identifier")):
             self._print(f"         for {other}: --task {other}")
         kinds: dict[str, list[str]] = {}
         for treatment in preparation.treatments:

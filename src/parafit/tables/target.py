@@ -8,7 +8,7 @@ import numpy as np
 
 from parafit.errors import DataError
 from parafit.tables.columns import to_numbers, to_texts
-from parafit.tables.kinds import LARGEST_EXACT, MOST_BAD, Reading, as_numbers, is_identifier, recognise_column
+from parafit.tables.kinds import LARGEST_EXACT, MOST_BAD, Reading, as_numbers, is_identifier, recognise, recognise_column
 from parafit.tables.numbers import PLAIN, NumberWriting, parse_numbers
 from parafit.tables.rows import Rows, some_of
 
@@ -118,13 +118,14 @@ class Judgement:
     bad: np.ndarray
 
 
-def judge_target(series: "pl.Series", task: str | None = None, rows: Rows = _ROWS) -> Judgement:
+def judge_target(series: "pl.Series", task: str | None = None, rows: Rows = _ROWS, table: "pl.DataFrame | None" = None) -> Judgement:
     """The task that the target column asks for, the reason, and the rows that can be learnt from; `task` settles it.
 
     Args:
         series: the column, of a frame that `read_table` gave.
         task: "classification" or "regression"; inferred if not given.
         rows: where the column's rows stand.
+        table: the column's table, which decides what the column leaves open of how its numbers are written.
 
     Raises:
         DataError: too many values that cannot be read, fewer than two classes or values, text without repetition, dates, or
@@ -136,7 +137,7 @@ def judge_target(series: "pl.Series", task: str | None = None, rows: Rows = _ROW
     """
     if task is not None and task not in TASKS:
         raise DataError(f"unknown task {task!r}: expected {' or '.join(map(repr, TASKS))}.")
-    reading = _read(series, task, rows)
+    reading = _read(series, task, rows, table)
     judged = _judge_numbers(series, reading, task) if reading.kind == "number" else _judge_texts(series, reading)
     if not len(judged.rows):
         raise DataError(f"target {series.name!r} is missing in every row.")
@@ -192,11 +193,13 @@ def _to_quantities(series: "pl.Series", writing: NumberWriting) -> "pl.Series":
     return parse_numbers(series, writing) if series.dtype == pl.String else to_numbers(series, writing)[0]
 
 
-def _read(series: "pl.Series", task: str | None, rows: Rows) -> Reading:
+def _read(series: "pl.Series", task: str | None, rows: Rows, table: "pl.DataFrame | None") -> Reading:
     """What the target's values are: numbers, texts, booleans, or times if they are to be classes."""
     import polars as pl
 
     reading = recognise_column(series, rows)
+    if reading.is_open and table is not None:
+        reading = recognise(table, rows)[series.name]
     if reading.kind == "other" or series.dtype == pl.Duration or (reading.kind == "time" and task != "classification"):
         raise _no_target(series, reading)
     if task is None and reading.kind == "number" and _are_codes(series):

@@ -129,7 +129,7 @@ def _read_training_table(table, target: str, task: str | None) -> tuple[Table, J
     check_columns(read.frame, [target])
     _check_enough(read.name, read.frame.height, "")
     series = read.frame.get_column(target)
-    judged = judge_target(series, task, read.rows)
+    judged = judge_target(series, task, read.rows, read.frame)
     notes = note_words(read.notes) + bad_words({target: (read.rows.cells(series, judged.bad), len(judged.bad))} if len(judged.bad) else {})
     without = read.frame.height - len(judged.rows)
     if without:
