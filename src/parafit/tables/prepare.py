@@ -164,16 +164,17 @@ def _reason_to_drop(reading: Reading, training: np.ndarray) -> str | None:
 
 
 def _reason_identifier(reading: Reading) -> str | None:
-    known = reading.values.drop_nulls()
-    distinct = known.n_unique()
-    if reading.kind == "text" and distinct > max(_ROWS_TO_JUDGE, 0.5 * len(known)):
-        words = f"text that hardly repeats ({distinct} different values in {len(known)} rows)"
-        return f"{words}; {reading.reason}" if reading.reason else words
-    if reading.kind == "number" and _differs_everywhere(reading):
+    if reading.kind == "text":
+        known = reading.values.drop_nulls()
+        distinct = known.n_unique()
+        if distinct > max(_ROWS_TO_JUDGE, 0.5 * len(known)):
+            words = f"text that hardly repeats ({distinct} different values in {len(known)} rows)"
+            return f"{words}; {reading.reason}" if reading.reason else words
+    elif reading.kind == "number" and len(reading.values) >= _ROWS_TO_JUDGE:
         numbers = reading.values.to_numpy()
         if numbers[0] in (0, 1) and np.all(np.diff(numbers) == 1):
             return "it numbers the rows"
-        if is_identifier(reading.values):
+        if is_identifier(reading.values) and _differs_everywhere(reading):
             return "an identifier by its name, different in every row"
     return None
 
