@@ -117,13 +117,18 @@ def is_identifier(series: "pl.Series") -> bool:
 
 def known_texts(series: "pl.Series") -> "pl.Series":
     """Which texts say something, if they are not texts but numbers, times or booleans."""
+    import polars as pl
+
+    numbers = series.cast(pl.Float64, strict=False)
+    if numbers.null_count() == series.null_count() and not numbers.is_nan().any():  # the usual column, in a quarter of the time
+        return series.is_not_null()
     return series.is_not_null() & ~says_missing(series.str.strip_chars()).fill_null(True)
 
 
 def read_cells(series: "pl.Series", writing: NumberWriting | TimeWriting) -> "tuple[pl.Series, np.ndarray]":
     """Texts as numbers or times, null where they are missing or bad, and the rows (indices) of the bad ones."""
     known = known_texts(series)
-    texts = series.set(~known, None)
+    texts = series if known.sum() == len(series) - series.null_count() else series.set(~known, None)
     values = _parse(texts, writing)
     if isinstance(writing, NumberWriting):
         values = values.set(texts.str.contains(_CODE).fill_null(False), None)
