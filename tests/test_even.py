@@ -45,7 +45,10 @@ CUT = {
     "scan": (lambda x: jax.lax.scan(lambda c, row: (c + row[1:].sum(), row[1:] * c), 0.0, x)[1], (numbers(6, 16), (None, "tensor"))),
     "cumulative sum": (lambda x: jnp.cumsum(x, axis=1), (numbers(4, 8), ("data", "tensor"))),
     "sort": (lambda x: jnp.sort(x, axis=1)[:, :5], (numbers(4, 8), ("data", "tensor"))),
-    "scatter": (lambda x: jnp.zeros(5).at[(x[:, 1:] > 0).astype(int).reshape(-1)].add(x[:, 1:].reshape(-1)), (numbers(4, 8), ("data", "tensor"))),
+    "scatter": (
+        lambda x: jnp.zeros(5).at[(x[:, 1:] > 0).astype(int).reshape(-1)].add(x[:, 1:].reshape(-1)),
+        (numbers(4, 8), ("data", "tensor")),
+    ),
     "window of a gather": (lambda x: jax.lax.dynamic_slice(x, (0, 1), (4, 7)) * 2, (numbers(4, 8), ("data", "tensor"))),
 }
 
@@ -133,7 +136,9 @@ READS = {
 }
 
 
-@pytest.mark.parametrize(("read", "dtype"), [("embed", "uint8"), ("take", "int16"), ("take", "uint32"), ("sort", "int32"), ("median", "uint8")])
+@pytest.mark.parametrize(
+    ("read", "dtype"), [("embed", "uint8"), ("take", "int16"), ("take", "uint32"), ("sort", "int32"), ("median", "uint8")]
+)
 def test_gradients_of_sorting_and_looking_up(read, dtype):
     """These ended the process where the rows were split unevenly."""
     rng = np.random.default_rng(0)

@@ -43,10 +43,11 @@ def commands() -> None:
 )
 @click.option("--plan", default="auto", show_default=True, help="What to run on: auto, single, data=8, or a plan's JSON file.")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write. Default: the table's name with -model.")
+@click.option("--force", is_flag=True, help="Replace a model that the folder holds already.")
 def train(table: Path, out: Path | None, **options) -> int:
     """Fit a network that predicts a column of TABLE from the others.
 
-    TABLE is a CSV, TSV (also .gz), Parquet or Arrow/Feather file. Leaves a folder with the model, its preprocessing, the plan,
+    TABLE is a CSV, TSV (also .gz), Parquet, Arrow/Feather or Excel file. Leaves a folder with the model, its preprocessing, the plan,
     the history, the scores, and report.html. Ctrl-C keeps what was learnt so far.
     """
     from parafit import tables

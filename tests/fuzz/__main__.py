@@ -62,7 +62,10 @@ def _report(seed: int, kind: str, told: str) -> None:
         found = False
         for smaller in case.smaller():
             with _worker() as worker:
-                again = _ask(worker, {"definition": smaller.definition, "plan": smaller.plan, "batch_size": smaller.batch_size, "single": smaller.single})
+                again = _ask(
+                    worker,
+                    {"definition": smaller.definition, "plan": smaller.plan, "batch_size": smaller.batch_size, "single": smaller.single},
+                )
                 worker.kill()
             if again[0] == kind:
                 case, found = smaller, True

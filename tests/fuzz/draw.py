@@ -67,7 +67,9 @@ class Case:
     def smaller(self) -> Iterator["Case"]:
         """The same with one thing less, the largest things first."""
         for index, (target, _, source) in enumerate(self.hidden):
-            renamed = tuple((name, _renamed(text, target, source), _renamed(of, target, source)) for name, text, of in self.hidden[index + 1 :])
+            renamed = tuple(
+                (name, _renamed(text, target, source), _renamed(of, target, source)) for name, text, of in self.hidden[index + 1 :]
+            )
             heads = tuple(_renamed(text, target, source) for text in self.heads)
             yield replace(self, hidden=(*self.hidden[:index], *renamed), heads=heads)
         words = self.plan.split(",")
@@ -249,7 +251,11 @@ _LAYERS = {
         "layers.UpSampling3D(2)({0})",
         "layers.Conv3DTranspose({units}, 2)({0})",
     ),
-    "tokens": ("layers.Embedding(11, {units})({0})", "layers.Embedding(11, {units}, mask_zero=True)({0})", "layers.CategoryEncoding(11)({0})"),
+    "tokens": (
+        "layers.Embedding(11, {units})({0})",
+        "layers.Embedding(11, {units}, mask_zero=True)({0})",
+        "layers.CategoryEncoding(11)({0})",
+    ),
 }
 
 _MERGES = ("Add", "Multiply", "Average", "Maximum", "Minimum", "Subtract", "Concatenate")

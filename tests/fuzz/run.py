@@ -33,4 +33,3 @@ def run(*, definition: str, plan: str, batch_size: int, single: bool) -> Verdict
     except Exception as error:
         return Verdict("refused", f"no network: {type(error).__name__}: {error}")
     return compare(space["make"], space["x"], space["y"], plan=plan, batch_size=batch_size, single=single)
-

@@ -34,6 +34,7 @@ class TableModel:
         history: loss and metrics of each epoch, as Keras names them.
         scores: of the rows "train", "validation" and "test".
         stopped: why training ended before its time; None if it did not.
+        notes: what reading the table had to do: rows left out, cells that could not be read, encodings.
     """
 
     model: Any
@@ -42,34 +43,44 @@ class TableModel:
     history: Mapping[str, list[float]] = field(hash=False)
     scores: Mapping[str, Any] = field(hash=False)
     stopped: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-def check_folder(folder: "str | Path") -> None:
-    """Find out, before any work, whether `write_folder` will be able to write here.
+def check_folder(folder: "str | Path", *, force: bool = False) -> None:
+    """Find out, before any work, whether `write_folder` will be able to write here; `force` lets it replace a model.
 
     Raises:
-        OutputError: something else is in the way, or the place cannot be written.
+        OutputError: a model or something else is in the way, or the place cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
         _check_replaceable(folder)
+    if not force and _holds_model(folder):
+        raise OutputError(f"{str(folder)!r} holds a model already: choose another folder, or replace it with --force (force=True).")
     with _beside(folder):
         pass
 
 
-def write_folder(folder: "str | Path", result: TableModel, report_html: str) -> None:
-    """Write the files of `FILES` into a temporary folder beside `folder`, then give it that name; replaces an earlier one.
+def write_folder(folder: "str | Path", result: TableModel, report_html: str, *, force: bool = False) -> Path:
+    """Write the files of `FILES` into a temporary folder beside `folder`, then give it that name.
+
+    Without `force`, a model that came there during training stays, and the folder gets the next free name.
+
+    Returns:
+        The folder that was written.
 
     Raises:
         OutputError: the place cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder) if force else _free_name(Path(folder))
     with _beside(folder) as temporary:
         result.model.save(temporary / "model.keras")
         texts = {
             "preprocessing.json": result.preparation.to_json(),
             "plan.json": result.plan.to_json(),
-            "history.json": json.dumps({"stopped": result.stopped, "epochs": result.history}, indent=2),
+            "history.json": json.dumps(
+                {"stopped": result.stopped, "notes": result.notes, "epochs": result.history}, indent=2, ensure_ascii=False
+            ),
             "scores.json": json.dumps(result.scores, indent=2, ensure_ascii=False),
             "report.html": report_html,
         }
@@ -78,6 +89,7 @@ def write_folder(folder: "str | Path", result: TableModel, report_html: str) -> 
         manifest = {"format": _FORMAT, "sha256": {name: _fingerprint(temporary / name) for name in _READ}}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         _swap(temporary, folder)
+    return folder
 
 
 def read_folder(folder: "str | Path") -> TableModel:
@@ -102,6 +114,7 @@ def read_folder(folder: "str | Path") -> TableModel:
         history=history["epochs"],
         scores=json.loads(texts["scores.json"]),
         stopped=history["stopped"],
+        notes=tuple(history["notes"]),
     )
 
 
@@ -124,6 +137,15 @@ def _check_whole(folder: Path) -> None:
 def _fingerprint(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _holds_model(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).exists() for name in FILES)
+
+
+def _free_name(folder: Path) -> Path:
+    names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not _holds_model(name))
 
 
 def _check_replaceable(folder: Path) -> None:
