@@ -82,6 +82,10 @@ class Step:
         fixed, *state = ([_owner(each, shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables))
         return fixed, tuple(state)
 
+    def may_end_training(self, logs: Any) -> bool:
+        """Whether training ends where the loss among these logs is not finite; a step of the user's own may log what it likes."""
+        return self.stops_on_bad_loss and isinstance(logs, dict) and getattr(logs.get("loss"), "shape", None) == ()
+
     def read(self) -> State:
         """The state as the model holds it now: arrays by reference."""
         return tuple([self.get(variable) for variable in group] for group in self.variables)
@@ -124,8 +128,8 @@ class Adapter(Protocol):
     def test_step(self) -> Step: ...
     def predict_step(self) -> Step: ...
 
-    def result(self, logs: dict) -> dict[str, float]:
-        """An epoch's logs, from those of its last step."""
+    def result(self, logs: dict) -> dict[str, Any]:
+        """An epoch's logs, from those of its last step; a step of the user's own may nest them."""
         ...
 
     def scores(self, logs: dict) -> Any:
@@ -228,11 +232,10 @@ class KerasModel:
 
         return self._step("predict", function, (model.non_trainable_variables,), fixed=model.trainable_variables)
 
-    def result(self, logs: dict) -> dict[str, float]:
+    def result(self, logs: dict) -> dict[str, Any]:
         """An epoch's logs: the metrics' results, or the step's own logs where a custom step returns others."""
         metrics = self.model.get_metrics_result()
-        chosen = metrics if set(metrics) == set(logs) else logs
-        return {name: float(value) if getattr(value, "ndim", 0) == 0 else value for name, value in chosen.items()}
+        return dict(metrics if set(metrics) == set(logs) else logs)
 
     def scores(self, logs: dict) -> Any:
         """Logs as `keras.Model.evaluate` returns them."""
@@ -281,7 +284,7 @@ def _check(model, verb: str) -> None:
             f"Keras runs on the {keras.backend.backend()!r} backend, and parafit needs 'jax'. Import parafit before keras, or set "
             "KERAS_BACKEND=jax in the environment before Python starts; a model built on another backend can be saved and loaded again."
         )
-    if not isinstance(model, keras.Model):
+    if not compat.is_model(model):
         raise ModelError(f"expected a keras.Model, got {type(model).__name__}: {model!r:.80}.")
     if verb != "predict" and not model.compiled:
         raise ModelError(

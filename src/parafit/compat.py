@@ -3,6 +3,8 @@
 Keras 3.15, JAX 0.10.
 """
 
+import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,9 @@ import numpy as np
 from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
+from keras.src.utils.python_utils import pythonify_logs
+
+_TRAINER = next(base for base in keras.Model.__mro__ if "train_step" in vars(base))
 
 # Documented; here so that few files import Keras.
 floatx = keras.config.floatx
@@ -28,6 +33,20 @@ def symbolic_build(model, batch) -> None:
 def flatten_metrics(model, logs: dict) -> Any:
     """Logs as the list `evaluate` returns. Keras 3.15: the order is defined nowhere else."""
     return model._flatten_metrics_in_order(logs)
+
+
+def log_values(logs: dict) -> dict:
+    """Logs as Keras shows them: flat, sorted by name, numbers as Python's. Keras 3.15: private."""
+    return pythonify_logs(logs)
+
+
+def limited_epochs(epochs: int) -> int:
+    """The epochs that `keras.config.set_max_epochs` or KERAS_MAX_EPOCHS leave. Keras 3.15: every backend's `fit` does this itself."""
+    most = keras.config.max_epochs()
+    if most and most < epochs:
+        warnings.warn(f"Limiting epochs to {most}, as keras.config.set_max_epochs or KERAS_MAX_EPOCHS say.", stacklevel=3)
+        return most
+    return epochs
 
 
 def should_validate(model, epoch: int, frequency) -> bool:
@@ -62,6 +81,11 @@ def compiled_parts(model) -> tuple:
     """What `compile` makes anew: while these objects and the variables are the same, a compiled program stays right."""
     # Keras 3.15: no public handle; a model that was never compiled has no optimizer attribute.
     return getattr(model, "optimizer", None), model._compile_loss, model._compile_metrics
+
+
+def is_model(model) -> bool:
+    """Whether Keras can train it: a `keras.Model`, or a layer of the user's with Keras' trainer. Keras 3.15: the trainer is private."""
+    return isinstance(model, keras.Layer) and isinstance(model, _TRAINER)
 
 
 def is_built(model) -> bool:
@@ -125,17 +149,17 @@ class Batches:
         batch_size: for array input the rows of a full batch, else None.
     """
 
-    def __init__(self, x, y, sample_weight, *, batch_size, steps_per_epoch, shuffle, class_weight):
-        options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle}
-        # The checks, messages and weights of Keras; `_inputs` holds what it packed.
-        source = EpochIterator(x, y, sample_weight, class_weight=class_weight, **options)
+    def __init__(self, x, y, sample_weight, *, batch_size, steps_per_epoch, shuffle, class_weight, steps_per_execution):
+        options = {"batch_size": batch_size, "shuffle": shuffle, "steps_per_execution": steps_per_execution}
+        # The checks, messages, limits and weights of Keras; `_inputs` holds what it packed.
+        source = _HostIterator(x, y, sample_weight, steps_per_epoch=steps_per_epoch, class_weight=class_weight, **options)
         adapter = source.data_adapter
         self.arrays: Any = None
         self.batch_size: Any = None
         if isinstance(adapter, ArrayDataAdapter):
             self.arrays, self.batch_size = adapter._inputs, adapter.batch_size
-            source = EpochIterator(np.arange(adapter._num_samples, dtype=np.int32), **options)
-        self._iterator = _HostIterator(source)
+            source = _HostIterator(np.arange(adapter._num_samples, dtype=np.int32), steps_per_epoch=source.steps_per_epoch, **options)
+        self._iterator = source
 
     @property
     def steps_per_epoch(self) -> Any:
@@ -147,6 +171,7 @@ class Batches:
         with self._iterator.catch_stop_iteration():
             for _, _, batches in self._iterator:
                 yield next(batches)
+                yield from itertools.islice(batches, self._iterator.steps_per_execution - 1)
 
     def restart(self) -> None:
         """Start again from the source's beginning, as Keras does before the first epoch and before every evaluation."""
@@ -154,11 +179,7 @@ class Batches:
 
 
 class _HostIterator(EpochIterator):
-    """Keras' iterator over host batches for JAX, one batch at a time."""
-
-    def __init__(self, source: EpochIterator):
-        self.__dict__.update(source.__dict__)
-        self.steps_per_execution = 1
+    """Keras' iterator over host batches for JAX; it counts in executions, and their batches are drawn one at a time."""
 
     def _get_iterator(self):
         return self.data_adapter.get_jax_iterator()
