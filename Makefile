@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: demo test test-all check bench docs clean
+.PHONY: demo test test-all keras-tests check bench docs clean
 
 demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
@@ -14,6 +14,9 @@ test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests
 
 test-all: $(VENV)/.test  ## every test: a quarter of an hour more
 	$(RUN) -m pytest --numprocesses 2
+
+keras-tests: $(VENV)/.test  ## Keras' own tests with parafit's fit, evaluate and predict in place: about ten minutes
+	$(RUN) -m tests.keras_suite
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN) -m ruff format --check .

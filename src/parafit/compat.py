@@ -6,6 +6,7 @@ Keras 3.15, JAX 0.10.
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -108,11 +109,59 @@ def own_step(model) -> str:
     return next((name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)), "")
 
 
+def why_not_compiled(model) -> str:
+    """Why Keras' or the user's word keeps a model's steps from being compiled, "" where nothing does.
+
+    Keras 3.15: one layer with `supports_jit=False` turns compiling off for all of a model, and nothing tells that from what was asked of
+    `compile`.
+    """
+    if model.jit_compile:
+        return ""
+    refusing = [layer for layer in model._flatten_layers() if not layer.supports_jit]
+    if not refusing:
+        return "it was compiled with jit_compile=False"
+    layer = next((layer for layer in refusing if type(layer) not in _COMPILED_ALL_THE_SAME), None)
+    if layer is None:
+        return ""
+    told = f"layer {layer.name!r} ({type(layer).__name__}) cannot be compiled"
+    if type(layer).__module__.startswith("keras."):
+        return (
+            f"{told}: it needs its numbers on the host. Apply it to the data before training, x = layer(x), and leave it out of the model"
+        )
+    return f"{told}: its supports_jit is False. If it calls only Keras' operations, set supports_jit=True in it before compiling the model"
+
+
+_COMPILED_ALL_THE_SAME = {getattr(keras.layers, f"Random{name}") for name in ("Perspective", "Rotation", "Shear", "Translation", "Zoom")}
+"""Layers that say supports_jit=False for TensorFlow's sake. On JAX they compile, and give the same numbers (Keras 3.15 and 3.16)."""
+
+
+@contextmanager
+def recurrent_states(model) -> Iterator[None]:
+    """Count the states of stateful recurrent layers among the model's non-trainable variables.
+
+    Keras 3.15 does not, so that on JAX a step can neither read nor give them (decision 0014).
+    """
+    tracked = [(layer._non_trainable_variables, keras.tree.flatten(layer.states)) for layer in _stateful_layers(model)]
+    for variables, states in tracked:
+        list.extend(variables, states)  # Keras' own method refuses once a layer is built
+    try:
+        yield
+    finally:
+        for variables, states in tracked:
+            list.__delitem__(variables, slice(len(variables) - len(states), None))
+
+
+def _stateful_layers(model) -> list:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.built]
+
+
 def why_rows_couple(model) -> str:
     """Why the loss of a batch is not the mean of the losses of its parts, "" where it is.
 
     Keras 3.15: `_flatten_layers` reaches layers within layers, and the losses that `compile` was given sit in `_flat_losses`.
     """
+    for layer in _stateful_layers(model):
+        return f"layer {layer.name!r} is stateful: the next batch's first row goes on from this one's first"
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             return f"layer {layer.name!r} normalises by the statistics of the batch"
@@ -129,7 +178,8 @@ def why_rows_couple(model) -> str:
 def loss_and_updates(model, weights, state, batch) -> Any:
     """The loss to differentiate, and `(loss, predictions, non-trainable, metrics)`; see `own_step`."""
     non_trainable, optimizer, metrics = state
-    return model.compute_loss_and_updates(weights, non_trainable, metrics, *unpack(batch), training=True, optimizer_variables=optimizer)
+    with recurrent_states(model):
+        return model.compute_loss_and_updates(weights, non_trainable, metrics, *unpack(batch), training=True, optimizer_variables=optimizer)
 
 
 def update_metrics(model, metrics, loss, predictions, batch) -> Any:
