@@ -1,6 +1,7 @@
 """What Keras does beside training steps, parafit does: when hooks are called and data is drawn, what logs hold, which layers run."""
 
 import warnings
+from typing import Any
 
 import jax
 import keras
@@ -15,10 +16,10 @@ from parafit.errors import PlanError
 ROWS = 52  # seven batches of 8, the last of 4
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
 Y = X[:, :1]
-QUIET = {"verbose": 0}
+QUIET: Any = {"verbose": 0}
 
 
-def linear(cls=keras.Model, **options):
+def linear(cls=keras.Model, **options) -> Any:
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
     model = cls(inputs, layers.Dense(1)(inputs))
@@ -269,7 +270,7 @@ STATEFUL = {
 }
 
 
-def stateful(name):
+def stateful(name) -> Any:
     keras.utils.set_random_seed(0)
     inputs = keras.Input(batch_shape=(8, 5, 3))
     model = keras.Model(inputs, layers.Dense(1)(STATEFUL[name]()(inputs)))
@@ -324,7 +325,7 @@ AUGMENTATIONS = {
 IMAGES = np.random.default_rng(0).random((24, 8, 8, 3), dtype="float32")
 
 
-def augmented(layer):
+def augmented(layer) -> Any:
     model = keras.Sequential([keras.Input((8, 8, 3)), layer, layers.GlobalAveragePooling2D(), layers.Dense(1)])
     model.compile("sgd", "mse")
     return model
@@ -365,5 +366,5 @@ def test_what_cannot_be_compiled_is_named():
 
     lookup = Lookup()
     lookup.supports_jit = False
-    assert "it needs its numbers on the host. Apply it to the data" in KerasModel(augmented(lookup), "fit").why_stepwise()
+    assert "it needs its numbers on the host. Apply it to the data" in str(KerasModel(augmented(lookup), "fit").why_stepwise())
     assert KerasModel(linear(jit_compile=False), "fit").why_stepwise() == "it was compiled with jit_compile=False"
