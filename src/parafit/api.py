@@ -206,7 +206,7 @@ def predict(
         _leave_to_keras(model, placement.plan, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
     feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
-    adapter.build_layers(feed.example)
+    adapter.build_layers(partial(feed.example, in_epoch=True))
     step = adapter.predict_step()
     program = forecast.programs(adapter, step, feed.shapes)
     placement = settle(_choose(plan, placement, step, feed, program), step, program)

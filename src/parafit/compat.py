@@ -223,6 +223,11 @@ class Batches:
                 yield next(batches)
                 yield from itertools.islice(batches, self._iterator.steps_per_execution - 1)
 
+    def first(self, *, in_epoch: bool) -> Any:
+        """A batch to build a model on. Keras 3.15 begins an epoch for it; 3.16 only where `in_epoch`, as in `predict`."""
+        apart = hasattr(keras.Model, "_maybe_symbolic_build") and not in_epoch
+        return next(iter(self._iterator._get_iterator()) if apart else self.epoch())
+
     def restart(self) -> None:
         """Start again from the source's beginning, as Keras does before the first epoch and before every evaluation."""
         self._iterator.reset()

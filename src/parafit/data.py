@@ -85,9 +85,9 @@ class Feed:
         """Rows of a whole batch; only of arrays is it known."""
         return min(self._batches.batch_size, len(jax.tree.leaves(self._arrays)[0]))
 
-    def example(self) -> Any:
-        """One batch to build a model on."""
-        self._drawn = next(self._batches.epoch())
+    def example(self, *, in_epoch: bool = False) -> Any:
+        """One batch to build a model on; `in_epoch` as in `compat.Batches.first`."""
+        self._drawn = self._batches.first(in_epoch=in_epoch)
         return self._drawn if self._arrays is None else jax.tree.map(lambda array: array[self._drawn], self._arrays)
 
     @property
