@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint $(
 DIST := dist
 TESTS :=
 
-.PHONY: demo test test-all check bench dist docs clean
+.PHONY: demo test test-all keras-tests check bench dist docs clean
 
 demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
@@ -18,6 +18,9 @@ test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests;
 
 test-all: $(VENV)/.test  ## every test: a quarter of an hour more
 	$(RUN) -m pytest --numprocesses 2 $(TESTS)
+
+keras-tests: $(VENV)/.test  ## Keras' own tests with parafit's fit, evaluate and predict in place: about ten minutes
+	$(RUN) -m tests.keras_suite
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN) -m ruff format --check .

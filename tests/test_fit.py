@@ -223,20 +223,6 @@ def test_ten_fits_trace_once():
     assert traces == after_first
 
 
-def test_stateful_layers_keep_their_state():
-    def make():
-        keras.utils.set_random_seed(2)
-        model = keras.Sequential([keras.Input(batch_shape=(8, 4, 2)), layers.LSTM(3, stateful=True), layers.Dense(1)])
-        model.compile("sgd", "mse")
-        return model
-
-    x, y = np.random.default_rng(0).normal(size=(32, 4, 2)), np.ones((32, 1))
-    theirs, ours = make(), make()
-    expected = theirs.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
-    got = parafit.fit(ours, x, y, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-
-
 def test_evaluate_returns_a_list_in_keras_order():
     model, x, y = mlp()
     theirs, ours = model.evaluate(x, y, verbose=0), parafit.evaluate(model, x, y, verbose=0)

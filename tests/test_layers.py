@@ -130,9 +130,12 @@ parafit.fit(model, np.ones((20, 3)), np.ones((20, 2)), batch_size=8, verbose=0)
 
 def test_keras_loads_its_plots_and_wrappers_when_they_are_used():
     script = """
-import sys, parafit, keras
+import pickle, sys, parafit, keras
 assert not {"sklearn", "matplotlib", "scipy.stats"} & set(sys.modules), "importing keras loads packages it does not need yet"
 assert issubclass(keras.wrappers.SKLearnClassifier, __import__("sklearn.base").base.BaseEstimator)
+estimator = keras.wrappers.SKLearnClassifier(print)
+assert type(pickle.loads(pickle.dumps(estimator))) is keras.src.wrappers.SKLearnClassifier is keras.wrappers.SKLearnClassifier
+assert "SKLearnClassifier" in dir(keras.wrappers) and not hasattr(keras.wrappers, "SKLearnNothing")
 assert callable(keras.visualization.plot_image_gallery) and "matplotlib.pyplot" in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -242,6 +242,15 @@ def test_a_loss_that_sums_over_the_batch_is_found_out():
         parafit.fit(model, np.ones((8, 4)), np.ones((8, 3)), plan="microbatches=2", verbose=0)
 
 
+@pytest.mark.parametrize("loss", [keras.losses.Tversky(), keras.losses.Dice()], ids=["tversky", "dice"])
+def test_a_loss_that_divides_by_sums_over_the_batch_is_found_out(loss):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "sigmoid")])
+    model.compile("sgd", loss)
+    labels = np.random.default_rng(0).integers(0, 2, (8, 3))
+    with pytest.raises(PlanError, match="it sums over the batch, or ties its rows"):
+        parafit.fit(model, _numbers((4,))[:8], labels, plan="microbatches=2", verbose=0)
+
+
 REFUSED = {
     "pipeline=2": "this version prices pipeline=2 but does not run it",
     "data=2,interleave=2": "this version prices interleave=2 but does not run it",

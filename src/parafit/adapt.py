@@ -82,6 +82,10 @@ class Step:
         fixed, *state = ([_owner(each, shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables))
         return fixed, tuple(state)
 
+    def may_end_training(self, logs: Any) -> bool:
+        """Whether training ends where the loss among these logs is not finite; a step of the user's own may log what it likes."""
+        return self.stops_on_bad_loss and isinstance(logs, dict) and getattr(logs.get("loss"), "shape", None) == ()
+
     def read(self) -> State:
         """The state as the model holds it now: arrays by reference."""
         return tuple([self.get(variable) for variable in group] for group in self.variables)
@@ -124,8 +128,8 @@ class Adapter(Protocol):
     def test_step(self) -> Step: ...
     def predict_step(self) -> Step: ...
 
-    def result(self, logs: dict) -> dict[str, float]:
-        """An epoch's logs, from those of its last step."""
+    def result(self, logs: dict) -> dict[str, Any]:
+        """An epoch's logs, from those of its last step; a step of the user's own may nest them."""
         ...
 
     def scores(self, logs: dict) -> Any:
@@ -174,8 +178,8 @@ class KerasModel:
         """Why this model must run one Python step at a time, None where whole chunks of steps can be compiled."""
         if self.model.run_eagerly:
             return "it was compiled with run_eagerly=True"
-        if not self.model.jit_compile:
-            return "it was compiled with jit_compile=False, or has a layer that cannot be compiled"
+        if reason := compat.why_not_compiled(self.model):
+            return reason
         if keras.distribution.distribution() is not None:
             return "a keras.distribution is set"
         return None
@@ -197,7 +201,7 @@ class KerasModel:
     def train_step(self) -> Step:
         """`keras.Model.train_step`, overridden or not, over all of the model's and the optimizer's variables."""
         model = self.model
-        groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables, model.metrics_variables)
+        groups = (model.trainable_variables, self._non_trainable(), model.optimizer.variables, model.metrics_variables)
         scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         return self._step(
             "train",
@@ -216,7 +220,7 @@ class KerasModel:
             logs, (_, *new) = model.test_step((weights, *state), batch)
             return logs, new
 
-        return self._step("test", function, (model.non_trainable_variables, model.metrics_variables), fixed=model.trainable_variables)
+        return self._step("test", function, (self._non_trainable(), model.metrics_variables), fixed=model.trainable_variables)
 
     def predict_step(self) -> Step:
         """`keras.Model.predict_step`."""
@@ -226,13 +230,12 @@ class KerasModel:
             outputs, non_trainable = model.predict_step((weights, *state), batch)
             return outputs, (non_trainable,)
 
-        return self._step("predict", function, (model.non_trainable_variables,), fixed=model.trainable_variables)
+        return self._step("predict", function, (self._non_trainable(),), fixed=model.trainable_variables)
 
-    def result(self, logs: dict) -> dict[str, float]:
+    def result(self, logs: dict) -> dict[str, Any]:
         """An epoch's logs: the metrics' results, or the step's own logs where a custom step returns others."""
         metrics = self.model.get_metrics_result()
-        chosen = metrics if set(metrics) == set(logs) else logs
-        return {name: float(value) if getattr(value, "ndim", 0) == 0 else value for name, value in chosen.items()}
+        return dict(metrics if set(metrics) == set(logs) else logs)
 
     def scores(self, logs: dict) -> Any:
         """Logs as `keras.Model.evaluate` returns them."""
@@ -254,10 +257,18 @@ class KerasModel:
             couples=compat.why_rows_couple(model),
         )
 
+    def _non_trainable(self) -> list:
+        with compat.recurrent_states(self.model):
+            return self.model.non_trainable_variables
+
     def _step(self, name: str, function: Callable, groups: tuple, *, fixed=(), **options) -> Step:
+        def stateful(*arguments):
+            with compat.recurrent_states(self.model):
+                return function(*arguments)
+
         variables = tuple(list(group) for group in groups)
         identity = (*compat.compiled_parts(self.model), *fixed, *(variable for group in variables for variable in group))
-        return Step(name=name, function=function, variables=variables, fixed_variables=list(fixed), identity=identity, **options)
+        return Step(name=name, function=stateful, variables=variables, fixed_variables=list(fixed), identity=identity, **options)
 
 
 def _owner(variable, parameters: dict[str, tuple], is_weight: bool) -> Owner:
@@ -281,7 +292,7 @@ def _check(model, verb: str) -> None:
             f"Keras runs on the {keras.backend.backend()!r} backend, and parafit needs 'jax'. Import parafit before keras, or set "
             "KERAS_BACKEND=jax in the environment before Python starts; a model built on another backend can be saved and loaded again."
         )
-    if not isinstance(model, keras.Model):
+    if not compat.is_model(model):
         raise ModelError(f"expected a keras.Model, got {type(model).__name__}: {model!r:.80}.")
     if verb != "predict" and not model.compiled:
         raise ModelError(

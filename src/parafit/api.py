@@ -5,7 +5,8 @@ over to `run`, which runs whole chunks of steps in compiled programs and calls t
 """
 
 import warnings
-from functools import partial
+from functools import cached_property, partial
+from types import GeneratorType
 from typing import Any
 
 from parafit import checks, compat, data, forecast, run
@@ -80,6 +81,7 @@ def fit(
     adapter = adapter_of(model, "fit")
     model = adapter.model
     placement = Placement(Plan.read(plan))
+    epochs = compat.limited_epochs(epochs)
     options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
     if reason := _why_stepwise(adapter, x, y, sample_weight):
         _leave_to_keras(model, placement.plan, reason)
@@ -103,7 +105,7 @@ def fit(
         data.check_lengths(x, y, sample_weight)
         checks.check_split(x, validation_split)
         (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
-    feed = data.Feed(x, y, sample_weight, **options)
+    feed = data.Feed(x, y, sample_weight, steps_per_execution=model.steps_per_execution, **options)
     checks.build(adapter, feed, "fit")
     step = adapter.train_step()
     program = forecast.programs(adapter, step, feed.shapes)
@@ -113,7 +115,7 @@ def fit(
     placement = settle(placement, step, program)
     feed.keep_on(placement, work=partial(forecast.multiply_adds, step, program), epochs=epochs - initial_epoch)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
-    pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
+    pace = _pace(listed, "train", model)
     feed.limit(pace.strides)
     rows = {"batch_size": validation_batch_size or batch_size, "steps": validation_steps}
     validation = None if validation_data is None else _Validation(adapter, validation_data, listed, placement, **rows)
@@ -171,7 +173,7 @@ def evaluate(
     if reason := _why_stepwise(adapter, x, y, sample_weight):
         _leave_to_keras(model, placement.plan, reason)
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
-    feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
+    feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
     checks.build(adapter, feed, "evaluate")
     step = adapter.test_step()
     program = forecast.programs(adapter, step, feed.shapes)
@@ -212,26 +214,34 @@ def predict(
     if reason := _why_stepwise(adapter, x):
         _leave_to_keras(model, placement.plan, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
-    feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps)
+    feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
     checks.build(adapter, feed, "predict")
     step = adapter.predict_step()
     program = forecast.programs(adapter, step, feed.shapes)
     placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
-    strides = batch_strides(listed, "predict", model.steps_per_execution)
-    feed.limit(strides)
-    feed.restart()
-    return run.predict(adapter, feed, listed, run.Pace(strides), placement)
+    pace = _pace(listed, "predict", model)
+    feed.limit(pace.strides)
+    if feed.was_drawn:
+        feed.restart()
+    return run.predict(adapter, feed, listed, pace, placement)
 
 
 class _Validation:
-    """The validation at the end of an epoch, its data prepared once."""
+    """The validation at the end of an epoch, its data prepared once: before training, but for a generator, from which batches are drawn."""
 
     def __init__(self, adapter: Adapter, validation_data, callbacks, placement: Placement, *, batch_size, steps):
-        x, y, sample_weight = compat.unpack(validation_data)
-        self._feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
-        checks.check(adapter, self._feed, "evaluate", "validation_data")
         self._adapter, self._callbacks, self._placement = adapter, callbacks, placement
+        self._data = compat.unpack(validation_data)
+        self._options = {"batch_size": batch_size, "steps_per_epoch": steps, "steps_per_execution": adapter.model.steps_per_execution}
+        if not isinstance(self._data[0], GeneratorType):
+            self._feed  # noqa: B018  (made, so that what is wrong with the data is said now)
+
+    @cached_property
+    def _feed(self) -> data.Feed:
+        feed = data.Feed(*self._data, **self._options)
+        checks.check(self._adapter, feed, "evaluate", "validation_data")
+        return feed
 
     def logs(self) -> dict:
         logs = _evaluate(self._adapter, self._feed, self._callbacks, self._placement)
@@ -239,10 +249,14 @@ class _Validation:
 
 
 def _evaluate(adapter: Adapter, feed: data.Feed, callbacks, placement: Placement) -> dict:
-    strides = batch_strides(callbacks, "test", adapter.model.steps_per_execution)
-    feed.limit(strides)
+    pace = _pace(callbacks, "test", adapter.model)
+    feed.limit(pace.strides)
     feed.restart()
-    return run.evaluate(adapter, feed, callbacks, run.Pace(strides), placement)
+    return run.evaluate(adapter, feed, callbacks, pace, placement)
+
+
+def _pace(callbacks, phase: str, model) -> run.Pace:
+    return run.Pace(batch_strides(callbacks, phase, model.steps_per_execution), model.steps_per_execution)
 
 
 def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program, verbose) -> Placement:

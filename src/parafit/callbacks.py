@@ -29,7 +29,8 @@ def batch_strides(callbacks: keras.callbacks.CallbackList, phase: str, steps_per
         phase: "train", "test" or "predict".
         steps_per_execution: what the model was compiled with: the user's own word on how often is enough.
 
-    Keras' own callbacks are known; a callback of the user's that has a batch hook gets every batch.
+    Keras' own callbacks are known; a callback of the user's that has a batch hook gets every batch. Checkpoints that count batches
+    count executions where these are of several, as in Keras.
     """
     strides = (_stride(callback, hook, steps_per_execution) for callback in callbacks.callbacks for hook in _HOOKS[phase])
     return sorted({stride for stride in strides if stride is not None})
@@ -43,7 +44,8 @@ def _stride(callback: Callback, hook: str, otherwise: int) -> int | None:
     if owner in known:
         return known[owner]
     if owner in (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore, keras.callbacks.OrbaxCheckpoint):
-        return callback.save_freq if isinstance(callback.save_freq, int) and callback.save_freq else None
+        saves = isinstance(callback.save_freq, int) and callback.save_freq
+        return (callback.save_freq if otherwise == 1 else otherwise) if saves else None
     if owner is keras.callbacks.TensorBoard and callback.update_freq == "epoch" and not compat.times_batches(callback):
         return None
     return otherwise

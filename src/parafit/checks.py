@@ -6,6 +6,7 @@ Keras models; Flax modules are tried in `nnx_checks`.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def build(adapter: Any, feed: Any, verb: str) -> None:
     early = check(adapter, feed, verb)
     make = adapter.build_layers if verb == "predict" else adapter.build
     try:
-        make(feed.example)
+        make(partial(feed.example, in_epoch=verb == "predict"))
     except (ValueError, TypeError, KeyError, RuntimeError):
         if not early:
             check(adapter, feed, verb)  # says it better, where it knows

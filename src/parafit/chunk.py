@@ -101,11 +101,7 @@ def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk
     capacity = jax.tree.leaves(arrays)[0].shape[0]
     run_step, outputs, options = _trace(step, fixed, state, batch, placement, seldom)
     predicts = step.name == "predict"
-    many = (
-        _predict_many(run_step, outputs, capacity)
-        if predicts
-        else _run_many(run_step, capacity, guarded=step.stops_on_bad_loss and "loss" in outputs)
-    )
+    many = _predict_many(run_step, outputs, capacity) if predicts else _run_many(run_step, capacity, guarded=step.may_end_training(outputs))
     stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.owners, (fixed, state))]
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)

@@ -3,7 +3,10 @@
 Keras 3.15, JAX 0.10.
 """
 
+import itertools
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -14,6 +17,9 @@ from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
+from keras.src.utils.python_utils import pythonify_logs
+
+_TRAINER = next(base for base in keras.Model.__mro__ if "train_step" in vars(base))
 
 # Documented; here so that few files import Keras.
 floatx = keras.config.floatx
@@ -37,6 +43,20 @@ def _as_computed(array: Any) -> Any:
 def flatten_metrics(model, logs: dict) -> Any:
     """Logs as the list `evaluate` returns. Keras 3.15: the order is defined nowhere else."""
     return model._flatten_metrics_in_order(logs)
+
+
+def log_values(logs: dict) -> dict:
+    """Logs as Keras shows them: flat, sorted by name, numbers as Python's. Keras 3.15: private."""
+    return pythonify_logs(logs)
+
+
+def limited_epochs(epochs: int) -> int:
+    """The epochs that `keras.config.set_max_epochs` or KERAS_MAX_EPOCHS leave. Keras 3.15: every backend's `fit` does this itself."""
+    most = keras.config.max_epochs()
+    if most and most < epochs:
+        warnings.warn(f"Limiting epochs to {most}, as keras.config.set_max_epochs or KERAS_MAX_EPOCHS say.", stacklevel=3)
+        return most
+    return epochs
 
 
 def should_validate(model, epoch: int, frequency) -> bool:
@@ -73,6 +93,11 @@ def compiled_parts(model) -> tuple:
     return getattr(model, "optimizer", None), model._compile_loss, model._compile_metrics
 
 
+def is_model(model) -> bool:
+    """Whether Keras can train it: a `keras.Model`, or a layer of the user's with Keras' trainer. Keras 3.15: the trainer is private."""
+    return isinstance(model, keras.Layer) and isinstance(model, _TRAINER)
+
+
 def is_built(model) -> bool:
     """Whether all layers have their variables. Keras 3.15: `_flatten_layers` reaches layers within layers."""
     return all(layer.built for layer in model._flatten_layers())
@@ -93,11 +118,59 @@ def own_step(model) -> str:
     return next((name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)), "")
 
 
+def why_not_compiled(model) -> str:
+    """Why Keras' or the user's word keeps a model's steps from being compiled, "" where nothing does.
+
+    Keras 3.15: one layer with `supports_jit=False` turns compiling off for all of a model, and nothing tells that from what was asked of
+    `compile`.
+    """
+    if model.jit_compile:
+        return ""
+    refusing = [layer for layer in model._flatten_layers() if not layer.supports_jit]
+    if not refusing:
+        return "it was compiled with jit_compile=False"
+    layer = next((layer for layer in refusing if type(layer) not in _COMPILED_ALL_THE_SAME), None)
+    if layer is None:
+        return ""
+    told = f"layer {layer.name!r} ({type(layer).__name__}) cannot be compiled"
+    if type(layer).__module__.startswith("keras."):
+        return (
+            f"{told}: it needs its numbers on the host. Apply it to the data before training, x = layer(x), and leave it out of the model"
+        )
+    return f"{told}: its supports_jit is False. If it calls only Keras' operations, set supports_jit=True in it before compiling the model"
+
+
+_COMPILED_ALL_THE_SAME = {getattr(keras.layers, f"Random{name}") for name in ("Perspective", "Rotation", "Shear", "Translation", "Zoom")}
+"""Layers that say supports_jit=False for TensorFlow's sake. On JAX they compile, and give the same numbers (Keras 3.15 and 3.16)."""
+
+
+@contextmanager
+def recurrent_states(model) -> Iterator[None]:
+    """Count the states of stateful recurrent layers among the model's non-trainable variables.
+
+    Keras 3.15 does not, so that on JAX a step can neither read nor give them (decision 0014).
+    """
+    tracked = [(layer._non_trainable_variables, keras.tree.flatten(layer.states)) for layer in _stateful_layers(model)]
+    for variables, states in tracked:
+        list.extend(variables, states)  # Keras' own method refuses once a layer is built
+    try:
+        yield
+    finally:
+        for variables, states in tracked:
+            list.__delitem__(variables, slice(len(variables) - len(states), None))
+
+
+def _stateful_layers(model) -> list:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.built]
+
+
 def why_rows_couple(model) -> str:
     """Why the loss of a batch is not the mean of the losses of its parts, "" where it is.
 
     Keras 3.15: `_flatten_layers` reaches layers within layers, and the losses that `compile` was given sit in `_flat_losses`.
     """
+    for layer in _stateful_layers(model):
+        return f"layer {layer.name!r} is stateful: the next batch's first row goes on from this one's first"
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             return f"layer {layer.name!r} normalises by the statistics of the batch"
@@ -114,7 +187,8 @@ def why_rows_couple(model) -> str:
 def loss_and_updates(model, weights, state, batch) -> Any:
     """The loss to differentiate, and `(loss, predictions, non-trainable, metrics)`; see `own_step`."""
     non_trainable, optimizer, metrics = state
-    return model.compute_loss_and_updates(weights, non_trainable, metrics, *unpack(batch), training=True, optimizer_variables=optimizer)
+    with recurrent_states(model):
+        return model.compute_loss_and_updates(weights, non_trainable, metrics, *unpack(batch), training=True, optimizer_variables=optimizer)
 
 
 def update_metrics(model, metrics, loss, predictions, batch) -> Any:
@@ -234,17 +308,17 @@ class Batches:
         batch_size: for array input the rows of a full batch, else None.
     """
 
-    def __init__(self, x, y, sample_weight, *, batch_size, steps_per_epoch, shuffle, class_weight):
-        options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle}
-        # The checks, messages and weights of Keras; `_inputs` holds what it packed.
-        source = EpochIterator(x, y, sample_weight, class_weight=class_weight, **options)
+    def __init__(self, x, y, sample_weight, *, batch_size, steps_per_epoch, shuffle, class_weight, steps_per_execution):
+        options = {"batch_size": batch_size, "shuffle": shuffle, "steps_per_execution": steps_per_execution}
+        # The checks, messages, limits and weights of Keras; `_inputs` holds what it packed.
+        source = _HostIterator(x, y, sample_weight, steps_per_epoch=steps_per_epoch, class_weight=class_weight, **options)
         adapter = source.data_adapter
         self.arrays: Any = None
         self.batch_size: Any = None
         if isinstance(adapter, ArrayDataAdapter):
             self.arrays, self.batch_size = adapter._inputs, adapter.batch_size
-            source = EpochIterator(np.arange(adapter._num_samples, dtype=np.int32), **options)
-        self._iterator = _HostIterator(source)
+            source = _HostIterator(np.arange(adapter._num_samples, dtype=np.int32), steps_per_epoch=source.steps_per_epoch, **options)
+        self._iterator = source
 
     @property
     def steps_per_epoch(self) -> Any:
@@ -256,6 +330,12 @@ class Batches:
         with self._iterator.catch_stop_iteration():
             for _, _, batches in self._iterator:
                 yield next(batches)
+                yield from itertools.islice(batches, self._iterator.steps_per_execution - 1)
+
+    def first(self, *, in_epoch: bool) -> Any:
+        """A batch to build a model on. Keras 3.15 begins an epoch for it; 3.16 only where `in_epoch`, as in `predict`."""
+        apart = hasattr(keras.Model, "_maybe_symbolic_build") and not in_epoch
+        return next(iter(self._iterator._get_iterator()) if apart else self.epoch())
 
     def restart(self) -> None:
         """Start again from the source's beginning, as Keras does before the first epoch and before every evaluation."""
@@ -263,11 +343,7 @@ class Batches:
 
 
 class _HostIterator(EpochIterator):
-    """Keras' iterator over host batches for JAX, one batch at a time."""
-
-    def __init__(self, source: EpochIterator):
-        self.__dict__.update(source.__dict__)
-        self.steps_per_execution = 1
+    """Keras' iterator over host batches for JAX; it counts in executions, and their batches are drawn one at a time."""
 
     def _get_iterator(self):
         return self.data_adapter.get_jax_iterator()

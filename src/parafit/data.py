@@ -45,6 +45,7 @@ class Feed:
 
     Args:
         x, y, sample_weight, batch_size, steps_per_epoch, shuffle, class_weight: as in `keras.Model.fit`.
+        steps_per_execution: as in `keras.Model.compile`; an epoch of so many steps may be the longer for it, as in Keras.
 
     Attributes:
         steps_per_epoch: steps in an epoch, None where the source does not tell.
@@ -53,12 +54,23 @@ class Feed:
         DataError: arrays that are empty, of different lengths, or of a dtype no network can read.
     """
 
-    def __init__(self, x, y=None, sample_weight=None, *, batch_size=None, steps_per_epoch=None, shuffle=False, class_weight=None):
+    def __init__(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size=None,
+        steps_per_epoch=None,
+        shuffle=False,
+        class_weight=None,
+        steps_per_execution: int = 1,
+    ):
         x, y, sample_weight = plain(x, y, sample_weight)
         check_lengths(x, y, sample_weight)
         options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
         try:
-            self._batches = compat.Batches(x, y, sample_weight, **options)
+            self._batches = compat.Batches(x, y, sample_weight, steps_per_execution=steps_per_execution, **options)
         except ValueError as error:
             raise DataError(str(error)[:_MOST_WORDS]) from error
         self._arrays = None if self._batches.arrays is None else jax.tree.map(_as_array, self._batches.arrays)
@@ -78,15 +90,20 @@ class Feed:
         """Rows of a whole batch; only of arrays is it known."""
         return min(self._batches.batch_size, len(jax.tree.leaves(self._arrays)[0]))
 
-    def example(self) -> Any:
-        """One batch to build a model on."""
-        self._drawn = next(self._batches.epoch())
+    def example(self, *, in_epoch: bool = False) -> Any:
+        """One batch to build a model on; `in_epoch` as in `compat.Batches.first`."""
+        self._drawn = self._batches.first(in_epoch=in_epoch)
         return self._drawn if self._arrays is None else jax.tree.map(lambda array: array[self._drawn], self._arrays)
+
+    @property
+    def was_drawn(self) -> bool:
+        """Whether a batch was drawn to learn what batches are like: then an epoch starts with `restart`."""
+        return self._drawn is not None
 
     @property
     def knows_shapes(self) -> bool:
         """Whether `shapes` can tell without drawing a batch."""
-        return self._arrays is not None or self._drawn is not None
+        return self._arrays is not None or self.was_drawn
 
     @property
     def known(self) -> Any:

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader
 from importlib.machinery import PathFinder
-from importlib.util import LazyLoader
+from threading import RLock
 from types import ModuleType
 
 _DEFERRED = {f"{package}.{part}" for package in ("keras", "keras.src", "keras._tf_keras.keras") for part in ("visualization", "wrappers")}
@@ -20,13 +21,50 @@ def defer_slow_parts_of_keras() -> None:
 
 
 class _Deferring:
-    """A finder that gives the deferred packages the standard library's lazy loader."""
+    """A finder of the deferred packages."""
 
     def find_spec(self, name, path=None, target=None):
         spec = PathFinder.find_spec(name, path, target) if name in _DEFERRED else None
         if spec is not None and spec.loader is not None:
-            spec.loader = LazyLoader(spec.loader)
+            spec.loader = _DeferredLoader(spec.loader)
         return spec
+
+
+class _DeferredLoader(Loader):
+    """A package's loader that runs it once, when something is first looked up that the package does not have yet.
+
+    The standard library's lazy loader runs a package again when its own modules are imported by it (before Python 3.12), so that there
+    are two classes of each name, and objects of the one cannot be pickled.
+    """
+
+    def __init__(self, loader):
+        self._loader, self._lock, self._runs = loader, RLock(), False
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        def get(name: str):
+            self._run(module)
+            if name in vars(module):
+                return vars(module)[name]
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        def names() -> list[str]:
+            self._run(module)
+            return sorted(vars(module))
+
+        vars(module).update(__getattr__=get, __dir__=names)
+
+    def _run(self, module: ModuleType) -> None:
+        with self._lock:
+            if not self._runs:
+                self._runs = True
+                try:
+                    self._loader.exec_module(module)
+                except BaseException:
+                    self._runs = False
+                    raise
 
 
 def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:

@@ -70,18 +70,28 @@ class Pace:
 
     Attributes:
         strides: every how many steps some callback must have control.
+        steps_per_execution: what the model was compiled with; where it is among the strides, callbacks have control after exactly so
+            many steps, counted in each epoch.
         steps: steps run so far.
         seconds: what they took.
     """
 
     strides: list[int] = field(default_factory=list)
+    steps_per_execution: int = 1
     steps: int = 0
     seconds: float = 0.0
     _last_steps: int = 0
     _last_seconds_per_step: float = CONTROL_SECONDS
 
+    @property
+    def execution(self) -> int:
+        """Steps in what callbacks are told to be one execution; their numbers are those of its first and last step."""
+        return self.steps_per_execution if self.steps_per_execution in self.strides else 1
+
     def next_steps(self) -> int:
-        """How many steps to run next: one at first, then at most eight times what was run before."""
+        """How many steps to run next: an execution, or one at first, then at most eight times what was run before."""
+        if self.execution > 1:
+            return self.execution
         wanted = min(int(CONTROL_SECONDS / self._last_seconds_per_step), 8 * self._last_steps)
         return max(1, min([wanted, *(stride - self.steps % stride for stride in self.strides)]))
 
@@ -196,7 +206,7 @@ class Progress:
     def rest(self) -> Tally:
         """Wait for what was dispatched and let the model hold the state."""
         logs = self._tally.logs
-        guards = self._step.stops_on_bad_loss and "loss" in logs
+        guards = self._step.may_end_training(logs)
         # One array stands for all that the program gives; callbacks that read the loss find it on the host already.
         value = np.asarray(logs["loss"] if guards else self._tally.done)
         self._step.write(self._state)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from parafit import compat
 from parafit.adapt import Adapter
 from parafit.data import Epoch, Feed
 from parafit.errors import NonFiniteLossError
@@ -84,7 +85,7 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
         if model.stop_evaluating:
             break
     progress.leave()
-    logs = adapter.result(logs)
+    logs = compat.log_values(adapter.result(logs))
     callbacks.on_test_end(logs)
     return logs
 
@@ -99,13 +100,13 @@ def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Plac
     callbacks.on_predict_begin()
     parts = []
     for group in _groups(feed.epoch(), progress, pace, callbacks.on_predict_batch_begin):
-        parts.extend(group.outputs)
-        callbacks.on_predict_batch_end(group.last, {"outputs": group.outputs[-1]})
+        parts += [_joined(group.outputs)] if pace.strides else group.outputs  # else no callback looks at them
+        callbacks.on_predict_batch_end(group.last, {"outputs": parts[-1]})
         if model.stop_predicting:
             break
     progress.leave()
     callbacks.on_predict_end()
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    return _joined(parts)
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,16 @@ def _groups(epoch: Epoch, progress: Progress, pace: Pace, on_begin: Callable[[in
         block = epoch.take_ahead(pace.next_steps())
         tally = progress.rest()
         pace.record(steps, time.perf_counter() - started - (progress.seconds_compiling - compiling))
-        last = first + (steps - 1 if tally.healthy else int(tally.done))
+        # An execution cut short by the end of the epoch has the number of its last step as if it were whole, as in Keras.
+        last = first + (-(-steps // pace.execution) * pace.execution - 1 if tally.healthy else int(tally.done))
         yield Group(first, last, tally.healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])
         first += steps
         block = block or epoch.take(pace.next_steps())
+
+
+def _joined(parts: list) -> Any:
+    """Predictions of several blocks in one array each."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _rows(steps: int, outputs: Any) -> Any:

@@ -76,7 +76,7 @@ class Shares:
         self.program, self.plan = program, plan
         self.stages = plan.axes.get("pipeline", 1)
         mapped = {dim: axis for dim, axis in plan.compute.items() if dim != "blocks"}
-        if missing := sorted(set(mapped) - set(program.sizes)):
+        if missing := sorted(set(mapped) - {*program.sizes, "batch"}):  # a batch of one row is no dim, and stays whole
             raise PlanError(
                 f"the plan maps dim {missing[0]!r}, but program {program.name!r} has the dims {', '.join(program.sizes)}. "
                 "Map one of these (a plan's text says 'inner' for dims that are found once the model is known)."

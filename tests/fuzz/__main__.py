@@ -25,15 +25,15 @@ def main() -> int:
         return _work()
     end = time.monotonic() + 60 * arguments.minutes
     counts: Counter[str] = Counter()
-    seed = arguments.seed
+    first = arguments.seed
     while time.monotonic() < end:
-        last = seed + (1 if arguments.only else _CASES_A_PROCESS)
-        for seed, kind, told in _verdicts(range(seed, last), end):
+        last = first + (1 if arguments.only else _CASES_A_PROCESS)
+        for seed, kind, told in _verdicts(range(first, last), end):
             counts[kind] += 1
             print(f"seed {seed}: {kind}" + (f", {told.splitlines()[0]:.160}" if kind == "refused" else ""), flush=True)
             if kind in ("different", "uneven", "error", "died", "hung"):
                 _report(seed, kind, told)
-        seed += 1
+            first = seed + 1
         if arguments.only:
             break
     print(f"{counts.total()} cases from seed {arguments.seed}: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}")
@@ -80,7 +80,8 @@ def _worker() -> subprocess.Popen:
 
 
 def _ask(worker: subprocess.Popen, question: dict) -> tuple[str, str]:
-    assert worker.stdin and worker.stdout
+    assert worker.stdin
+    assert worker.stdout
     timer = threading.Timer(_SECONDS_A_CASE, worker.kill)
     started = time.monotonic()
     timer.start()

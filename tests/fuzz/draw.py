@@ -22,7 +22,11 @@ from tests.fuzz.compare import compare
 rng = np.random.default_rng(0)
 """
 
-_NNX = "import optax\nfrom flax import nnx\nfrom parafit.nnx import Trainable"
+_NNX = """\
+import optax
+from flax import nnx
+from optax import softmax_cross_entropy_with_integer_labels as entropy
+from parafit.nnx import Trainable"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,7 +479,7 @@ def _nnx(chance: random.Random) -> Case:
     body.append(f"    def __call__(self, h):\n            {statements}\n            return self.out(h)")
     inputs = (
         "class Net(nnx.Module):\n    " + "\n\n    ".join(body),
-        "def loss(module, batch):\n        x, y = batch\n        return optax.softmax_cross_entropy_with_integer_labels(module(x), y).mean()",
+        "def loss(module, batch):\n        x, y = batch\n        return entropy(module(x), y).mean()",
     )
     size = f"({_ROWS}, 5)" if tokens else f"({_ROWS}, {width})"
     x = f"rng.integers(0, 11, {size}).astype('{chance.choice(_TOKENS)}')" if tokens else f"rng.normal(size={size})"
