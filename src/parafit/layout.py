@@ -105,18 +105,76 @@ def lay_out(tensors: Iterable[Tensor], plan: Plan) -> Layout:
 
 
 def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
-    """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it.
-
-    A batch is split even where the axis does not divide it; any other dimension then stays whole.
-    """
+    """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it and it divides."""
     spec: list[str | None] = [None] * len(tensor.shape)
     for dim, axis in plan.compute.items():
         if axis in spec or dim not in tensor.dims:
             continue
         position = tensor.dims.index(dim)
-        if spec[position] is None and (dim == AXES["data"] or tensor.shape[position] % plan.axes[axis] == 0):
+        if spec[position] is None and tensor.shape[position] % plan.axes[axis] == 0:
             spec[position] = axis
     return tuple(spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Microbatches of one size.
+
+    Attributes:
+        count: how many there are.
+        rows: of each.
+        devices: that share it between them: 1 where they do not divide it and each has all of it.
+    """
+
+    count: int
+    rows: float
+    devices: int
+
+    @property
+    def local_rows(self) -> float:
+        """Rows of each that a device computes."""
+        return self.rows / self.devices
+
+
+def pieces(rows: int, plan: Plan) -> tuple[Piece, ...]:
+    """The microbatches of a batch: equal ones, then a smaller one where rows are left. What the devices do not divide, each has whole.
+
+    Args:
+        rows: of the batch.
+        plan: that cuts and splits it.
+
+    >>> pieces(64, Plan.parse("data=4,microbatches=2"))
+    (Piece(count=2, rows=32, devices=4),)
+    >>> pieces(127, Plan.parse("data=8,microbatches=16"))
+    (Piece(count=15, rows=8, devices=8), Piece(count=1, rows=7, devices=1))
+    """
+    devices = plan.axes.get(plan.compute.get(AXES["data"], ""), 1)
+    size = max(1, -(-rows // plan.microbatches))
+    cut = [(rows // size, size), (1, rows % size)]
+    return tuple(Piece(count=count, rows=each, devices=1 if each % devices else devices) for count, each in cut if each)
+
+
+def undivided(rows: int, plan: Plan) -> str:
+    """What a plan does not split of a batch, in words, and which sizes near by it would split; "" where it splits all of it.
+
+    >>> undivided(127, Plan.parse("data=8"))
+    'data=8 does not divide a batch of 127 rows: every device computes all of them (120 or 128 rows would be split)'
+    >>> undivided(128, Plan.parse("data=8"))
+    ''
+    """
+    axis = plan.compute.get(AXES["data"], "")
+    whole = [piece for piece in pieces(rows, plan) if axis and piece.devices == 1]
+    if not whole:
+        return ""
+    step = plan.axes[axis] * plan.microbatches
+    sizes = " or ".join(str(size) for size in (rows // step * step, (rows // step + 1) * step) if size)
+    left = sum(piece.count * piece.rows for piece in whole)
+    parts = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
+    which = "all of them" if left == rows else f"{left} of them"
+    return (
+        f"{axis}={plan.axes[axis]} does not divide a batch of {rows} rows{parts}: "
+        f"every device computes {which} ({sizes} rows would be split)"
+    )
 
 
 def axis_size(plan: Plan, axis: str | None) -> int:

@@ -1,16 +1,19 @@
 """Who holds and computes which part: what follows from a plan's two layouts, for every tensor and operation. Plain Python.
 
 Along each axis a tensor is split over the first of its dims that `compute` maps to the axis, and an operation over the first dim of
-all its tensors. Three cases follow. An input that lacks the operation's dim but is split over another must be gathered whole first.
-An output that lacks it is a partial sum: it is reduced, and scattered where it is itself split over another dim. All else is local.
+all its tensors; a microbatch that its axis does not divide is split over none. Three cases follow. An input that lacks the
+operation's dim but is split over another must be gathered whole first. An output that lacks it is a partial sum: it is reduced, and
+scattered where it is itself split over another dim. All else is local.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Group
 from parafit.errors import PlanError
+from parafit.layout import Piece, pieces
 from parafit.plan import Plan
 from parafit.program import Operation, Program, Tensor
 
@@ -55,6 +58,7 @@ class Shares:
     Args:
         program: what is computed.
         plan: who does it; each dim that it maps must be the program's.
+        piece: of which microbatch; default: the first.
 
     Raises:
         PlanError: the plan maps a dim that the program does not have.
@@ -72,8 +76,11 @@ class Shares:
     ((1, 16, 196, 10), [('all-reduce', 'tensor', 640.0)])
     """
 
-    def __init__(self, program: Program, plan: Plan):
+    def __init__(self, program: Program, plan: Plan, piece: Piece | None = None):
         self.program, self.plan = program, plan
+        rows = program.sizes.get("batch", 1)
+        self.pieces = pieces(rows, plan)
+        self.piece = piece or self.pieces[0]
         self.stages = plan.axes.get("pipeline", 1)
         mapped = {dim: axis for dim, axis in plan.compute.items() if dim != "blocks"}
         if missing := sorted(set(mapped) - set(program.sizes)):
@@ -81,11 +88,28 @@ class Shares:
                 f"the plan maps dim {missing[0]!r}, but program {program.name!r} has the dims {', '.join(program.sizes)}. "
                 "Map one of these (a plan's text says 'inner' for dims that are found once the model is known)."
             )
-        self._orders = {axis: [dim for dim, at in mapped.items() if at == axis] for axis in plan.axes if axis != "pipeline"}
+        split = {dim: axis for dim, axis in mapped.items() if dim != "batch" or self.piece.devices > 1}
+        self._orders = {axis: [dim for dim, at in split.items() if at == axis] for axis in plan.axes if axis != "pipeline"}
         self._fractions = {dim: self._fraction_of(dim, plan.axes[axis]) for dim, axis in mapped.items()}
-        self._fractions.setdefault("batch", self._fraction_of("batch", 1))
+        self._fractions["batch"] = self.piece.local_rows / rows
         self._local: dict[str, float] = {}
         self._shares: dict[int, Share] = {}
+
+    @property
+    def turns(self) -> int:
+        """Microbatches of a step."""
+        return sum(piece.count for piece in self.pieces)
+
+    @property
+    def rounds(self) -> float:
+        """The same in microbatches of this one's rows on a device."""
+        return sum(piece.count * piece.local_rows for piece in self.pieces) / self.piece.local_rows
+
+    @cached_property
+    def fullest(self) -> "Shares":
+        """The shares of the microbatch of which a device has most."""
+        largest = max(self.pieces, key=lambda piece: piece.local_rows)
+        return self if largest.local_rows == self.piece.local_rows else Shares(self.program, self.plan, largest)
 
     def group(self, axis: str) -> Group:
         """The devices along an axis: the plan's last axis joins neighbours."""
@@ -138,9 +162,8 @@ class Shares:
         return Share(flops=operation.flops * share, bytes=operation.bytes * local / whole, shape=shape, exchanges=exchanges)
 
     def _fraction_of(self, dim: str, parts: int) -> float:
-        """The largest part of a dim, of one microbatch where it is the batch."""
+        """The largest part of a dim."""
         size = self.program.sizes.get(dim, 1)
-        parts *= self.plan.microbatches if dim == "batch" else 1
         return math.ceil(size / parts) / size
 
     def fraction(self, dims: Iterable[str]) -> float:
