@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 
 from parafit.errors import PlanError
 from parafit.layout import resolve
 from parafit.machine import Machine
+from parafit.memory import recomputing_saves
 from parafit.plan import STORED, Plan
 from parafit.program import Program
 
@@ -49,6 +51,11 @@ class Candidates:
     def __iter__(self) -> Iterator[Plan]:
         return (plan for mesh in self.meshes() for schedule in self.schedules(mesh) for plan in self.stores(schedule))
 
+    @cached_property
+    def recomputes(self) -> bool:
+        """Whether computing activations again saves memory."""
+        return recomputing_saves(self.program)
+
     @property
     def precisions(self) -> tuple[str, ...]:
         """The precisions that plans may have."""
@@ -73,7 +80,7 @@ class Candidates:
                 for chunked in self._chunks(cut):
                     for precise in self._precisions(chunked):
                         yield precise
-                        if "recompute" in self.allow:
+                        if "recompute" in self.allow and self.recomputes:
                             yield replace(precise, recompute="blocks")
 
     def stores(self, schedule: Plan) -> Iterator[Plan]:

@@ -95,6 +95,7 @@ class Pricing:
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software):
+        program = (plan.recompute == "blocks" and program.recomputed) or program
         self.program, self.plan, self.machine, self.software = program, plan, machine, software
         self.shares = Shares(program, plan)
         self.precision = software.precision or plan.precision
@@ -138,7 +139,7 @@ class Pricing:
             if at != place or operation.phase == "update":
                 continue
             share = self.shares.of(operation)
-            part = {f"{operation.phase} {operation.kind}": self.operation_seconds(operation, share) * operation.steps}
+            part = {operation.label: self.operation_seconds(operation, share) * operation.steps}
             host = self.software.launch_seconds
             for exchange in share.exchanges:
                 key = (exchange.tensor.name, exchange.axis, operation.phase)

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from parafit.fold import share_dims
 from parafit.kernels import Kernel, group
-from parafit.program import Operation, Program, Tensor
+from parafit.program import Operation, Program, Tensor, with_dims_of
 from parafit.walk import Record, Value, Walk
 
 
@@ -16,8 +16,8 @@ def attribute(walk: Walk) -> None:
     _update_in_place(walk)
 
 
-def describe(walk: Walk, name: str) -> Program:
-    """The program of a walk."""
+def describe(walk: Walk, name: str, like: Program | None = None) -> Program:
+    """The program of a walk; dims are named as in another program of the same arguments, where one is given."""
     attribute(walk)
     names = _Names(walk)
     operations = tuple(names.operation(kernel) for kernel in group(walk))
@@ -30,7 +30,7 @@ def describe(walk: Walk, name: str) -> Program:
         couples_batch=_coupling(walk),
         fixed=frozenset(names.dims[factor] for factor in walk.dims.fixed() if factor in names.dims),
     )
-    return share_dims(program)
+    return with_dims_of(like, program) if like else share_dims(program)
 
 
 # Phases, owners and gradients ---------------------------------------------------------------------------------------------------------
@@ -146,6 +146,7 @@ class _Names:
             contracted=tuple(dim for dim in contracted if dim),
             shape=record.shape,
             steps=record.steps,
+            again=record.again,
         )
 
     def tensor(self, value: Value) -> str:

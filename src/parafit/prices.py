@@ -96,8 +96,9 @@ class _Remembered(Pricing):
             plan.store_group,
             plan.axes.get(axis),
             self.stages,
+            plan.recompute,
         )
-        self.shares = _Shares(program, plan, self)
+        self.shares = _Shares(self.program, plan, self)
 
     def remember(self, key: Hashable, work: Callable[[], Any]) -> Any:
         if key not in self.memo:

@@ -18,7 +18,9 @@ from parafit.schedule import saves_memory
 from parafit.walk import Leaf, Walk
 
 
-def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[[Any], Any] | None = None) -> Program:
+def trace_step(
+    step, state, batch, *, fixed=(), name: str = "", lower: Callable[[Any], Any] | None = None, like: Program | None = None
+) -> Program:
     """The program of an adapted model's step.
 
     Args:
@@ -29,6 +31,7 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[
         name: of the model.
         lower: what becomes of the traced step before XLA:CPU compiles it (`parafit.rewrite.rewrite_jaxpr`), for a program that
             knows its buffers; None: for a machine whose compiler is not known.
+        like: the program of another form of the same step, whose names the dims get.
 
     Returns:
         Its program. Parameters, slots and state are tensors named by the path of their variable.
@@ -42,7 +45,9 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[
     for role, group in zip(roles, step.variables):
         weights += [_variable_leaf(variable, role) for variable in group]
     held = weights[len(step.fixed_variables) :]
-    return trace(step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, lower=lower)
+    return trace(
+        step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, lower=lower, like=like
+    )
 
 
 def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str = "loss") -> Program:
@@ -94,6 +99,7 @@ def trace(
     results: Sequence[Leaf] = (),
     name: str = "",
     lower: Callable[[Any], Any] | None = None,
+    like: Program | None = None,
 ) -> Program:
     """The program of any step.
 
@@ -103,7 +109,7 @@ def trace(
         leaves: name and role of each of the arguments' leaves.
         results: for the last leaves of what it returns, the argument each replaces (or is the gradient of).
         name: of the model.
-        lower: as in `trace_step`.
+        lower, like: as in `trace_step`.
 
     Raises:
         ModelError: the function cannot be traced.
@@ -115,7 +121,7 @@ def trace(
         raise _untraceable(error, name) from error
     named = _told_apart(leaves)
     held = [named[id(leaf)] for leaf in results]
-    program = describe(Walk(closed, list(named.values()), held), name)
+    program = describe(Walk(closed, list(named.values()), held), name, like)
     if lower is None:
         return program
     walk = Walk(lower(closed), list(named.values()), held)

@@ -85,6 +85,7 @@ class Record:
     Attributes:
         params: of its primitive.
         loop: the record of the innermost loop that it runs in, None outside of loops.
+        again: it repeats for the backward pass what the forward pass did.
     """
 
     primitive: str
@@ -104,6 +105,7 @@ class Record:
     absorbs: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
     loop: "Record | None" = None
+    again: bool = False
 
 
 class Walk:
@@ -312,6 +314,7 @@ class Walk:
             scope=scope,
             layer=layer,
             phase="backward" if "transpose(" in scope else "forward" if "jvp(" in scope else "",
+            again=_is_again(scope),
             inputs=inputs,
             outputs=[],
             flops=options.pop("flops", 0.0),
@@ -400,6 +403,20 @@ def _layer(scope: str) -> str:
     """
     plain = re.sub(r"\w+\(|\)", "", scope)
     return "/".join(part for part in plain.split("/") if part and part not in _TRANSFORMS and "->" not in part and "," not in part)
+
+
+def _is_again(scope: str) -> bool:
+    """Whether what a name stack is of belongs to a forward pass inside a backward pass.
+
+    >>> _is_again("transpose(jvp(jvp()))/rematted_computation/dense"), _is_again("transpose(jvp())/jvp(dense)/while/body")
+    (True, True)
+    >>> _is_again("transpose(jvp())/transpose(jvp(dense))"), _is_again("jvp(dense)")
+    (False, False)
+    """
+    _, backward, inner = scope.partition("transpose(")
+    parts = inner.split("/")[1:]
+    repeats = "rematted_computation" in parts or any(part.startswith("jvp(") for part in parts)
+    return bool(backward) and repeats and not any(part.startswith("transpose(") for part in parts)
 
 
 _TRANSFORMS = {"rematted_computation", "checkpoint", "while", "body", "cond", "closed_call"}
