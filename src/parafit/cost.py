@@ -97,7 +97,7 @@ class Pricing:
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software):
         program = (plan.recompute == "blocks" and program.recomputed) or program
         self.program, self.plan, self.machine, self.software = program, plan, machine, software
-        self.shares = Shares(program, plan)
+        self.shares = Shares(program, plan, flat_state=software.flat_state)
         self.precision = software.precision or plan.precision
         self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
         self.places = _places(program)
@@ -305,7 +305,7 @@ class Pricing:
         axis = self.plan.store.get("slot")
         if not axis:
             return {}
-        parameters = [tensor for tensor in self.program.of_role("parameter") if not self.shares.split(tensor.dims, axis)]
+        parameters = [tensor for tensor in self.program.of_role("parameter") if self.shares.stored_parts(tensor, "slot") > 1]
         bytes_ = sum(self.shares.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
         group = Group(self.shares.shards(axis), self.shares.group(axis).stride)
         if self.plan.zero_stage < 3:

@@ -52,7 +52,7 @@ def _drop_unread(walk: Walk) -> None:
 
 
 def _set_phases(walk: Walk) -> None:
-    """What has no phase of its own is the update if it follows from a gradient, or shares the scope of what does."""
+    """What has no phase of its own is the update if it follows from a gradient, leads to nothing else, or shares the scope of what does."""
     after, scopes = set(), set()
     for record in walk.records:
         if record.phase == "backward" or (not record.phase and any(id(value.root()) in after for value in record.inputs)):
@@ -62,7 +62,11 @@ def _set_phases(walk: Walk) -> None:
                 scopes.add(record.scope)
     for record in walk.records:
         updates = (record.scope and record.scope in scopes) or any(value.root().role == "slot" for value in record.inputs)
-        record.phase = record.phase or ("update" if updates else "forward")
+        record.phase = record.phase or ("update" if updates else "")
+    for record in reversed(walk.records):
+        readers = [reader for value in record.outputs for reader in value.root().readers]
+        only_updates = bool(readers) and all(reader.phase == "update" for reader in readers)
+        record.phase = record.phase or ("update" if only_updates else "forward")
 
 
 def _set_owners(walk: Walk) -> None:

@@ -96,10 +96,7 @@ def lay_out(tensors: Iterable[Tensor], plan: Plan) -> Layout:
     kept = [tensor for tensor in tensors if tensor.role in ("parameter", "state")]
     compute = {tensor.name: split_by_dims(tensor, plan) for tensor in kept}
     parameters = [tensor for tensor in kept if tensor.role == "parameter"]
-    store = {
-        role: {tensor.name: _split_further(tensor.shape, compute[tensor.name], *_store_axis(plan, role)) for tensor in parameters}
-        for role in plan.store
-    }
+    store = {role: {tensor.name: split_to_store(tensor, plan, role) for tensor in parameters} for role in plan.store}
     whole = {tensor.name: compute[tensor.name] for tensor in parameters}
     return Layout(compute=compute, store={"parameter": whole, "gradient": whole, "slot": whole} | store)
 
@@ -114,6 +111,12 @@ def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
         if spec[position] is None and tensor.shape[position] % plan.axes[axis] == 0:
             spec[position] = axis
     return tuple(spec)
+
+
+def split_to_store(tensor: Tensor, plan: Plan, role: str) -> Spec:
+    """How what is like a parameter rests as one of the stored roles: its largest dimension that is whole and divides is split as well."""
+    spec = split_by_dims(tensor, plan)
+    return _split_further(tensor.shape, spec, *_store_axis(plan, role)) if role in plan.store else spec
 
 
 @dataclass(frozen=True, kw_only=True)

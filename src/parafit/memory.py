@@ -132,7 +132,7 @@ def _held(program: Program, stage: Stage) -> list[Tensor]:
     mine = {name for name in names if program.tensors[name].role in ("parameter", "gradient", "state")}
     for operation in program.operations:
         if operation.phase == "update" and not mine.isdisjoint(operation.inputs):
-            mine.update(name for name in operation.inputs if program.tensors[name].role in ("slot", "gradient"))
+            mine.update(name for name in operation.inputs if program.tensors[name].role in ("slot", "gradient", "state"))
     return [program.tensors[name] for name in mine]
 
 

@@ -150,7 +150,7 @@ class _Remembered(Pricing):
 
 class _Shares(Shares):
     def __init__(self, program: Program, plan: Plan, pricing: _Remembered):
-        super().__init__(program, plan)
+        super().__init__(program, plan, flat_state=pricing.software.flat_state)
         self.pricing = pricing
 
     def of(self, operation: Operation) -> Share:

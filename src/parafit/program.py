@@ -8,6 +8,7 @@ says how everything that shares the dim is split.
 Identical blocks are written once: the tensors and operations of a block that occurs twelve times carry `count=12`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -210,3 +211,16 @@ def with_dims_of(program: Program, other: Program) -> Program:
         sizes={names.get(name, name): size for name, size in other.sizes.items()},
         fixed=frozenset(renamed(other.fixed)),
     )
+
+
+def told_apart(names: Iterable[str]) -> list[str]:
+    """Names, equal ones numbered from the second on.
+
+    >>> told_apart(["kernel", "kernel_2", "kernel", "kernel"])
+    ['kernel', 'kernel_2', 'kernel_3', 'kernel_4']
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found[next(each for each in itertools.chain([name], numbered) if each not in found)] = None
+    return list(found)

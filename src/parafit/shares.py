@@ -13,7 +13,7 @@ from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Group
 from parafit.errors import PlanError
-from parafit.layout import Piece, pieces
+from parafit.layout import GROUP, Piece, pieces, split_to_store
 from parafit.plan import Plan
 from parafit.program import Operation, Program, Tensor
 
@@ -59,6 +59,7 @@ class Shares:
         program: what is computed.
         plan: who does it; each dim that it maps must be the program's.
         piece: of which microbatch; default: the first.
+        flat_state: as in `parafit.software.Software`.
 
     Raises:
         PlanError: the plan maps a dim that the program does not have.
@@ -76,8 +77,8 @@ class Shares:
     ((1, 16, 196, 10), [('all-reduce', 'tensor', 640.0)])
     """
 
-    def __init__(self, program: Program, plan: Plan, piece: Piece | None = None):
-        self.program, self.plan = program, plan
+    def __init__(self, program: Program, plan: Plan, piece: Piece | None = None, *, flat_state: bool = False):
+        self.program, self.plan, self.flat_state = program, plan, flat_state
         rows = program.sizes.get("batch", 1)
         self.pieces = pieces(rows, plan)
         self.piece = piece or self.pieces[0]
@@ -109,7 +110,7 @@ class Shares:
     def fullest(self) -> "Shares":
         """The shares of the microbatch of which a device has most."""
         largest = max(self.pieces, key=lambda piece: piece.local_rows)
-        return self if largest.local_rows == self.piece.local_rows else Shares(self.program, self.plan, largest)
+        return self if largest.local_rows == self.piece.local_rows else Shares(self.program, self.plan, largest, flat_state=self.flat_state)
 
     def group(self, axis: str) -> Group:
         """The devices along an axis: the plan's last axis joins neighbours."""
@@ -131,10 +132,15 @@ class Shares:
 
     def stored_bytes(self, tensor: Tensor) -> float:
         """Bytes of a device's part of a tensor of the training state, at rest: split once more where `store` says so."""
-        axis = self.plan.store.get(tensor.role)
-        if not axis or self.split(tensor.dims, axis) or tensor.size < self.shards(axis):
-            return self.local_bytes(tensor)
-        return self.local_bytes(tensor) / self.shards(axis)
+        return self.local_bytes(tensor) / self.stored_parts(tensor, tensor.role)
+
+    def stored_parts(self, tensor: Tensor, role: str) -> int:
+        """Into how many parts `store` splits a tensor further that is stored in a role: 1 where it does not, or no dimension divides."""
+        axis = self.plan.store.get(role, "")
+        if not axis or self.split(tensor.dims, axis):
+            return 1
+        divided = tensor.size >= self.shards(axis) if self.flat_state else {axis, GROUP} & set(split_to_store(tensor, self.plan, role))
+        return self.shards(axis) if divided else 1
 
     def shards(self, axis: str) -> int:
         """Parts into which state is split along an axis."""

@@ -13,7 +13,7 @@ from parafit.buffers import buffers
 from parafit.copies import with_copies
 from parafit.describe import attribute, describe
 from parafit.errors import ModelError
-from parafit.program import Program
+from parafit.program import Program, told_apart
 from parafit.schedule import saves_memory
 from parafit.walk import Leaf, Walk
 
@@ -39,11 +39,8 @@ def trace_step(
     Raises:
         ModelError: the step cannot be traced; the layer it happened in, and why.
     """
-    trains = step.name == "train"
-    roles = ("parameter", "state", "slot", "state") if trains else ("state",) * len(step.variables)
-    weights = [Leaf(name=variable.path, role="parameter") for variable in step.fixed_variables]
-    for role, group in zip(roles, step.variables):
-        weights += [_variable_leaf(variable, role) for variable in group]
+    owners = [owner for group in (step.owners[0], *step.owners[1]) for owner in group]
+    weights = [_variable_leaf(name, owner) for name, owner in zip(step.names, owners)]
     held = weights[len(step.fixed_variables) :]
     return trace(
         step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, lower=lower, like=like
@@ -119,7 +116,7 @@ def trace(
         closed, _ = jaxpr_of(function, *shapes)
     except Exception as error:
         raise _untraceable(error, name) from error
-    named = _told_apart(leaves)
+    named = _named(leaves)
     held = [named[id(leaf)] for leaf in results]
     program = describe(Walk(closed, list(named.values()), held), name, like)
     if lower is None:
@@ -158,8 +155,8 @@ def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
     return [Leaf(name=prefix + path if path else alone, role=role) for path in paths]
 
 
-def _variable_leaf(variable, role: str) -> Leaf:
-    return Leaf(name=variable.path, role="state" if role == "slot" and not variable.shape else role)
+def _variable_leaf(name: str, owner) -> Leaf:
+    return Leaf(name=name, role=owner.role, like=owner.path if owner.role == "slot" else "")
 
 
 def _batch_leaves(batch) -> list[Leaf]:
@@ -168,14 +165,10 @@ def _batch_leaves(batch) -> list[Leaf]:
     return [leaf for name, part in zip(names, parts) for leaf in tree_leaves(part, "input", name, f"{name}/")]
 
 
-def _told_apart(leaves: Sequence[Leaf]) -> dict[int, Leaf]:
+def _named(leaves: Sequence[Leaf]) -> dict[int, Leaf]:
     """Leaves by `id`, those of equal names numbered."""
-    seen: dict[str, int] = {}
-    named = {}
-    for leaf in leaves:
-        seen[leaf.name] = seen.get(leaf.name, 0) + 1
-        named[id(leaf)] = leaf if seen[leaf.name] == 1 else Leaf(name=f"{leaf.name}_{seen[leaf.name]}", role=leaf.role)
-    return named
+    names = told_apart(leaf.name for leaf in leaves)
+    return {id(leaf): replace(leaf, name=name) for leaf, name in zip(leaves, names)}
 
 
 def _untraceable(error: BaseException, name: str) -> ModelError:

@@ -18,10 +18,12 @@ class Leaf:
     Attributes:
         name: of a parameter, the path of its variable.
         role: one of `parafit.program.ROLES`.
+        like: of a slot, the name of the parameter that it lives like.
     """
 
     name: str
     role: str
+    like: str = ""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -129,6 +131,7 @@ class Walk:
         self._loop: Record | None = None
         self.arguments = [self._argument(var.aval, leaf) for var, leaf in zip(traced.jaxpr.invars, leaves)]
         self.batch = self._tie_rows()
+        self._tie_slots(leaves)
         outputs = self._jaxpr(traced.jaxpr, traced.consts, self.arguments, "", 1)
         for value in outputs:
             value.root().leaves = True
@@ -156,6 +159,12 @@ class Walk:
         for other in rows[1:]:
             self.dims.tie(rows[0], other)
         return rows[:1]
+
+    def _tie_slots(self, leaves: Sequence[Leaf]) -> None:
+        held = {value.name: value for value in self.arguments if value.role == "parameter"}
+        for leaf, slot in zip(leaves, self.arguments):
+            if leaf.like in held and held[leaf.like].shape == slot.shape:
+                self._tie(held[leaf.like].dims, slot.dims)
 
     # Jaxprs within jaxprs ------------------------------------------------------------------------------------------------------------
 
