@@ -25,7 +25,7 @@ LAYERS = [
     {"probes", "nnx"},
     {"adapt", "callbacks", "mesh", "rewrite", "price", "segments"},
     {"search"},
-    {"compare"},
+    {"compare", "limits"},
     {"ranking"},
     {"candidates", "prices"},
     {"cost"},

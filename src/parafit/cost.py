@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Group, seconds
+from parafit.layout import Piece
 from parafit.machine import Machine
 from parafit.measured import Measured
 from parafit.memory import Stage, boundary, peak, recomputed
@@ -94,10 +95,10 @@ def price(program: Program, plan: Plan, machine: Machine, *, software: Software 
 class Pricing:
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
-    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software):
+    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()):
         program = (plan.recompute == "blocks" and program.recomputed) or program
         self.program, self.plan, self.machine, self.software = program, plan, machine, software
-        self.shares = Shares(program, plan, flat_state=software.flat_state)
+        self.shares = Shares(program, plan, cut, flat_state=software.flat_state)
         self.precision = software.precision or plan.precision
         self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
         self.places = _places(program)

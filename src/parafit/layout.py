@@ -208,7 +208,7 @@ def _inner_dims(program: Program, axis: str, size: int) -> list[str]:
     A dim that is summed over leaves partial sums, whose bytes are its price; what it shares out are the operations it is part of.
     In a chain of layers this takes every other width, in a block its inner width and not the stream between blocks.
     """
-    kernels = _kernel_dims(program)
+    kernels = kernel_dims(program)
     candidates = [dim for dim in kernels if program.sizes[dim] % size == 0]
     given = {dim for tensor in program.of_role("input") for dim in tensor.dims}
     candidates = [
@@ -227,7 +227,7 @@ def _inner_dims(program: Program, axis: str, size: int) -> list[str]:
     return chosen
 
 
-def _kernel_dims(program: Program) -> list[str]:
+def kernel_dims(program: Program) -> list[str]:
     """Dims along which kernels can be split: not the batch, not what an operation keeps together, not what a kernel has twice."""
     kernels = [tensor for tensor in program.of_role("parameter") if len(tensor.shape) > 1]
     twice = {dim for tensor in kernels for dim in tensor.dims if tensor.dims.count(dim) > 1}

@@ -83,13 +83,13 @@ class _Remembered(Pricing):
         super().__init__(program, plan, machine, software)
         self.memo = memo
         axis = plan.compute.get("batch", "")
-        others = {name: self.shares.group(name) for name in plan.axes if name not in (axis, "pipeline")}
+        others = {name: self.reach(name) for name in plan.axes if name not in (axis, "pipeline")}
         dims = tuple((dim, at) for dim, at in plan.compute.items() if dim not in ("batch", "blocks"))
         self.width = (dims, tuple(others.items()))
         self.cut_rows, self.full_rows = (
             (self.width, each.piece.local_rows, axis if each.piece.devices > 1 else "") for each in (self.shares, self.shares.fullest)
         )
-        self.part = (self.cut_rows, self.shares.group(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
+        self.part = (self.cut_rows, self.reach(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
         self.state = (
             self.cut_rows if traits.updates_rows else self.width,
             tuple(plan.store.items()),
@@ -99,6 +99,11 @@ class _Remembered(Pricing):
             plan.recompute,
         )
         self.shares = _Shares(self.program, plan, self)
+
+    def reach(self, axis: str) -> tuple:
+        """What a collective along an axis depends on."""
+        group = self.shares.group(axis)
+        return group.size, group.stride, group.split(self.machine.devices_per_host)
 
     def remember(self, key: Hashable, work: Callable[[], Any]) -> Any:
         if key not in self.memo:

@@ -7,7 +7,7 @@ scattered where it is itself split over another dim. All else is local.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,7 +58,8 @@ class Shares:
     Args:
         program: what is computed.
         plan: who does it; each dim that it maps must be the program's.
-        piece: of which microbatch; default: the first.
+        cut: the microbatches; default: as the plan cuts the program's batch.
+        place: of which of them; default: the first.
         flat_state: as in `parafit.software.Software`.
 
     Raises:
@@ -77,11 +78,11 @@ class Shares:
     ((1, 16, 196, 10), [('all-reduce', 'tensor', 640.0)])
     """
 
-    def __init__(self, program: Program, plan: Plan, piece: Piece | None = None, *, flat_state: bool = False):
+    def __init__(self, program: Program, plan: Plan, cut: Sequence[Piece] = (), *, place: int = 0, flat_state: bool = False):
         self.program, self.plan, self.flat_state = program, plan, flat_state
         rows = program.sizes.get("batch", 1)
-        self.pieces = pieces(rows, plan)
-        self.piece = piece or self.pieces[0]
+        self.pieces = tuple(cut) or pieces(rows, plan)
+        self.piece = self.pieces[place]
         self.stages = plan.axes.get("pipeline", 1)
         mapped = {dim: axis for dim, axis in plan.compute.items() if dim != "blocks"}
         if missing := sorted(set(mapped) - set(program.sizes)):
@@ -109,13 +110,16 @@ class Shares:
     @cached_property
     def fullest(self) -> "Shares":
         """The shares of the microbatch of which a device has most."""
-        largest = max(self.pieces, key=lambda piece: piece.local_rows)
-        return self if largest.local_rows == self.piece.local_rows else Shares(self.program, self.plan, largest, flat_state=self.flat_state)
+        place, largest = max(enumerate(self.pieces), key=lambda pair: pair[1].local_rows)
+        if largest.local_rows == self.piece.local_rows:
+            return self
+        return Shares(self.program, self.plan, self.pieces, place=place, flat_state=self.flat_state)
 
     def group(self, axis: str) -> Group:
         """The devices along an axis: the plan's last axis joins neighbours."""
         names = list(self.plan.axes)
-        return Group(self.plan.axes[axis], math.prod(self.plan.axes[name] for name in names[names.index(axis) + 1 :]))
+        stride = math.prod(self.plan.axes[name] for name in names[names.index(axis) + 1 :])
+        return Group(self.plan.axes[axis], stride, self.plan.device_count)
 
     def split(self, dims: Iterable[str], axis: str) -> str:
         """The dim that is split along an axis, or ""."""
