@@ -311,9 +311,19 @@ class Walk:
             value.cheap = all(each.literal or each.root().cheap for each in inputs)
         if ours.kind == "matmul":
             record.shape = matmul_shape(params, shapes)
+            self._fix_minor(params, inputs)
         self._finish(record, outputs)
         self._hint(equation, record)
         return outputs
+
+    def _fix_minor(self, params: Mapping[str, Any], inputs: Sequence[Value]) -> None:
+        """Several dims of a kernel, such as heads and their size, go through a product as one: only the outermost of them can be split."""
+        sums, batch = params["dimension_numbers"]
+        for side, value in enumerate(inputs):
+            free = [place for place in range(len(value.dims)) if place not in {*sums[side], *batch[side]}]
+            for joined in (sorted(sums[side]), free) if value.root().role == "parameter" else ():
+                wide = [value.dims[place] for place in joined if value.shape[place] > 1]
+                self.dims.fix(wide[1:])
 
     def _record(self, primitive: str, kind: str, scope: str, inputs: list[Value], contracted: list[int], **options) -> Record:
         layer = _layer(scope) or _inherited(inputs)
