@@ -296,6 +296,20 @@ def test_recomputation_saves_memory_and_leaves_the_numbers():
         np.testing.assert_allclose(again, one, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_plan_may_leave_devices_idle():
+    """Seven of eight, which divide both batches, and say so; five of eight, which divide neither."""
+    for plan in ("data=7", "data=5"):
+        assert_same(trained(mlp, plan, batch_size=14), trained(mlp, "single", batch_size=14))
+
+
+def test_a_batch_that_is_not_split_is_said(capsys):
+    model, x, y = mlp()
+    parafit.fit(model, x, y, plan="data=8", batch_size=14, verbose=2)
+    text = "data=8 does not divide a batch of 14 rows: every device computes all of them, 8 times its part (8 or 16 rows would be split)"
+    assert text in capsys.readouterr().out
+
+
 def test_the_model_is_left_whole_on_one_device():
     model, x, y = mlp()
     parafit.fit(model, x, y, plan="data=2,tensor=2,zero=3", verbose=0)

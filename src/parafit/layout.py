@@ -161,7 +161,7 @@ def undivided(rows: int, plan: Plan) -> str:
     """What a plan does not split of a batch, in words, and which sizes near by it would split; "" where it splits all of it.
 
     >>> undivided(127, Plan.parse("data=8"))
-    'data=8 does not divide a batch of 127 rows: every device computes all of them (120 or 128 rows would be split)'
+    'data=8 does not divide a batch of 127 rows: every device computes all of them, 8 times its part (120 or 128 rows would be split)'
     >>> undivided(128, Plan.parse("data=8"))
     ''
     """
@@ -172,11 +172,12 @@ def undivided(rows: int, plan: Plan) -> str:
     step = plan.axes[axis] * plan.microbatches
     sizes = " or ".join(str(size) for size in (rows // step * step, (rows // step + 1) * step) if size)
     left = sum(piece.count * piece.rows for piece in whole)
+    more = sum(piece.count * piece.local_rows for piece in pieces(rows, plan)) * plan.axes[axis] / rows
     parts = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     which = "all of them" if left == rows else f"{left} of them"
     return (
         f"{axis}={plan.axes[axis]} does not divide a batch of {rows} rows{parts}: "
-        f"every device computes {which} ({sizes} rows would be split)"
+        f"every device computes {which}, {more:.2g} times its part ({sizes} rows would be split)"
     )
 
 
