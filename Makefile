@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+# JAX 0.11 and newer need Python 3.12: the environment's Python, or the one that will make it, says which versions are tested with it.
+CONSTRAINTS := $(shell $(firstword $(wildcard $(RUN)) $(PYTHON)) -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-newest.txt")')
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint $(CONSTRAINTS)
+DIST := dist
+TESTS :=
 
-.PHONY: demo test test-all check bench docs clean
+.PHONY: demo test test-all check bench dist docs clean
 
 demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
 
-test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests
-	$(RUN) -m pytest --numprocesses 2 -m 'not slow'
+test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests; TESTS=tests/test_fit.py: those of a file
+	$(RUN) -m pytest --numprocesses 2 -m 'not slow' $(TESTS)
 
 test-all: $(VENV)/.test  ## every test: a quarter of an hour more
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 $(TESTS)
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN) -m ruff format --check .
@@ -23,6 +27,9 @@ check: $(VENV)/.dev  ## format, lint and types
 bench: $(VENV)/.bench  ## a short benchmark against Keras, TensorFlow, PyTorch and scikit-learn
 	$(RUN) -m benchmarks.run --quick --out out/bench.json
 
+dist: $(VENV)/.dev  ## the wheel and the source distribution, in dist/
+	$(RUN) -m build --outdir $(DIST)
+
 docs: $(VENV)/.parafit  ## the API reference as text, out/api.txt
 	mkdir -p out
 	for module in parafit parafit.api parafit.plan parafit.machine parafit.cost parafit.search parafit.planner parafit.compare parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
@@ -31,21 +38,21 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "parafit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Run: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.parafit: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.parafit: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.parafit
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP) --editable '.[test,dev]'
 	@touch $@ $(VENV)/.test $(VENV)/.parafit
 
-$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.bench: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP) --editable '.[bench]'
 	@touch $@ $(VENV)/.parafit
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) .venv-newest out build dist

@@ -15,6 +15,7 @@ from parafit.data import Feed
 from parafit.machine import Machine
 from parafit.mesh import Placement
 from parafit.plan import Plan
+from parafit.planner import keras_program
 from parafit.prices import Prices
 from parafit.program import BUFFERED
 from parafit.rewrite import rewrite_jaxpr
@@ -197,6 +198,15 @@ def test_a_program_for_another_machine_knows_no_buffers():
     arguments = descent(chain), ([weights], shape(4, 8)), [*leaves, *tree_leaves(shape(4, 8), "input", "x")]
     assert not trace(*arguments, results=leaves).buffers
     assert trace(*arguments, results=leaves, lower=lambda traced: traced).buffers
+
+
+def test_what_a_jaxlib_of_which_nothing_is_known_holds_is_estimated(monkeypatch):
+    def buffers(version):
+        monkeypatch.setattr("jaxlib.__version__", version)
+        program, _ = keras_program(NETWORKS["wide"]()[0], here=True)
+        return bool(program.buffers), price(program, Plan(), Machine.load("h100x8").of(1)).peak_bytes > 0
+
+    assert [buffers(version) for version in ("0.10.2", "0.12.0.1", "0.99.0.dev1")] == [(True, True), (True, True), (False, True)]
 
 
 def test_convolutions_are_not_given_to_the_library_that_runs_them_on_one_thread():

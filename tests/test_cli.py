@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -53,6 +54,15 @@ def test_the_task_can_be_settled(run, tmp_path):
     assert json.loads((tmp_path / "other" / "scores.json").read_text())["test"]["r2"] is not None
 
 
+def test_a_model_is_replaced_by_force_only(run):
+    write_table("things.csv")
+    assert run("train", "things.csv", "--target", "kind", "--epochs", 1)[0] == 0
+    code, out, err = run("train", "things.csv", "--target", "kind", "--epochs", 1)
+    assert (code, out) == (2, "")
+    assert "'things-model' holds a model already: choose another folder, or replace it with --force" in err
+    assert run("train", "things.csv", "--target", "kind", "--epochs", 1, "--force")[0] == 0
+
+
 def test_notes_are_printed(run):
     write_table("things.csv")
     run("train", "things.csv", "--target", "kind", "--epochs", 1)
@@ -64,7 +74,7 @@ def test_notes_are_printed(run):
 
 BAD = {
     "missing file": (["train", "nothing.csv", "--target", "y"], "there is no file 'nothing.csv'"),
-    "unknown ending": (["train", "a.xlsx", "--target", "y"], "cannot tell the format of 'a.xlsx'"),
+    "unknown ending": (["train", "a.doc", "--target", "y"], "cannot tell the format of 'a.doc'"),
     "unknown column": (
         ["train", "things.csv", "--target", "kinds"],
         "no column 'kinds'; it has 'size', 'colour', 'kind'. Did you mean 'kind'?",
@@ -72,6 +82,11 @@ BAD = {
     "no target": (["train", "things.csv"], "Missing option '--target'"),
     "bad epochs": (["train", "things.csv", "--target", "kind", "--epochs", "0"], "0 is not in the range"),
     "ragged": (["train", "ragged.csv", "--target", "a"], "line 3 of 'ragged.csv' has 3 fields"),
+    "unknown axis": (["train", "things.csv", "--target", "kind", "--plan", "dta=2"], "Did you mean 'data'?"),
+    "too many devices": (
+        ["train", "things.csv", "--target", "kind", "--plan", "data=64"],
+        "wants 64 devices, but there are 8 (cpu). Choose a smaller plan, or, to simulate devices on CPU, set JAX_NUM_CPU_DEVICES=64 in the",
+    ),
     "bad plan": (["train", "things.csv", "--target", "kind", "--plan", "data=0"], "data=0"),
     "foreign folder": (["train", "things.csv", "--target", "kind", "--out", "foreign"], "holds 'thesis.txt', which parafit did not write"),
     "no model file": (["train", "things.csv", "--target", "kind", "--model", "net.keras"], "there is no file 'net.keras'"),
@@ -84,7 +99,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_with_2_and_one_message(run, tmp_path, name):
     write_table("things.csv")
-    (tmp_path / "a.xlsx").write_text("x")
+    (tmp_path / "a.doc").write_text("x")
     (tmp_path / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("x")
@@ -97,6 +112,19 @@ def test_bad_input_ends_with_2_and_one_message(run, tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_advice_follows_the_caller(run, monkeypatch):
+    write_table("things.csv")
+    (Path("net.py")).write_text(
+        "import keras\n\ndef build_model(shape, size):\n    model = keras.Sequential([keras.Input(shape), keras.layers.Dense(size)])\n"
+        "    model.compile(keras.optimizers.SGD(1e30), 'mse')\n    return model\n"
+    )
+    code, out, err = run("train", "things.csv", "--target", "size", "--model", "net.py", "--epochs", 5)
+    assert code == 2
+    assert "the loss became" in err
+    assert "--model" in err
+    assert "keras.callbacks" not in out + err
+
+
 def test_columns_that_prediction_lacks_or_that_changed(run, tmp_path):
     write_table("things.csv")
     run("train", "things.csv", "--target", "kind", "--epochs", 1)
@@ -105,7 +133,8 @@ def test_columns_that_prediction_lacks_or_that_changed(run, tmp_path):
     code, _, err = run("predict", "things-model", "lacks.csv", "-o", "out.csv")
     assert (code, err) == (2, "parafit: the table has no column 'colour'; it has 'size'.\n")
     code, _, err = run("predict", "things-model", "changed.csv", "-o", "out.csv")
-    assert (code, err) == (2, "parafit: column 'size' holds 'large' in row 2: expected a number, as in training.\n")
+    assert code == 2
+    assert err.startswith("parafit: column 'size' holds 'large' in line 3: expected a number, as in training (1 of 2 cells are none;")
     assert not (tmp_path / "out.csv").exists()
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from parafit import heap
+from parafit import cluster, heap
 
 SCRIPT = """
 import resource
@@ -73,8 +73,26 @@ def test_memory_is_given_back_after_the_last_run(monkeypatch):
         with heap.keeps_memory():
             pass
         assert calls == kept, "a run inside another changes nothing"
-    assert kept == [(heap._MMAP_MAX, 0), (heap._TRIM_THRESHOLD, heap._MOST)]
-    assert calls[2:] == [(heap._MMAP_MAX, 65536), (heap._TRIM_THRESHOLD, 1 << 26)]
+    assert kept == [(heap._MMAP_MAX, 0), (heap._TRIM_THRESHOLD, heap._MOST), (heap._MMAP_THRESHOLD, 1 << 25)]
+    assert calls[3:] == [(heap._MMAP_MAX, 65536), (heap._TRIM_THRESHOLD, 1 << 26), (heap._MMAP_THRESHOLD, 1 << 25)]
+
+
+def test_where_jax_computes_elsewhere_the_heap_is_left_alone(monkeypatch):
+    monkeypatch.setattr(heap, "_library", lambda: pytest.fail("the heap was asked for"))
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    with heap.keeps_memory(), heap.takes_up_gaps():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugin", "expected"),
+    [("", "", True), ("", "jax_plugins", False), ("", "libtpu", False), ("cpu", "jax_plugins", True), ("cuda,cpu", "", False)],
+)
+def test_whether_jax_will_compute_on_the_processor(monkeypatch, platforms, plugin, expected):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == plugin else None)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.delitem(sys.modules, "jax")
+    assert cluster.computes_on_processor() == expected
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])

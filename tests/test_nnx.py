@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import parafit
-from parafit.errors import ModelError, NonFiniteLossError, PlanError
+from parafit.errors import DataError, ModelError, NonFiniteLossError, PlanError
 
 nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")
 
@@ -241,7 +241,7 @@ def test_the_batch_is_what_fit_was_given():
 
     def weighted(module, batch):
         x, y, weight = batch
-        return jnp.mean(weight * (module(x) - y) ** 2)
+        return jnp.mean(weight[:, None] * (module(x) - y) ** 2)
 
     x = np.ones((8, 3), "float32")
     model = Trainable(module, loss=weighted, optimizer=optax.sgd(0.1))
@@ -255,6 +255,78 @@ def test_plans_are_found_and_priced():
     assert plan.microbatches == 1
     with pytest.raises(ModelError, match="pass x and y themselves"):
         parafit.find_plan(Trainable(module, loss=loss, optimizer=optimizer), (12,), batch_size=16)
+
+
+def distance(module, batch):
+    x, y, *weight = batch
+    return jnp.mean((module(x) - y) ** 2 * (weight[0] if weight else 1))
+
+
+def pair(module, batch):
+    x, y = batch
+    return jnp.mean((module(x) - y) ** 2)
+
+
+def parts(module, batch):
+    return jnp.mean((module(batch[0]) - batch[1]) ** 2)
+
+
+THREE = np.ones((8, 3), "float32")
+SHAPES = {
+    "targets of other rows": (
+        distance,
+        (THREE, THREE[:, 0]),
+        r"would subtract arrays of shape \(rows, 1\) and \(rows,\).*compare y of every",
+    ),
+    "weights of other rows": (
+        distance,
+        (THREE, THREE[:, :1], THREE[:, 0]),
+        r"would multiply arrays of shape .*compare sample_weight of every",
+    ),
+    "y forgotten": (pair, (THREE,), r"from x of shape \(8, 3\): .*unpack.*test_nnx.py, line.*x alone: pass y"),
+    "rows for parts": (parts, (THREE,), r"reads single rows of its batch, which is x alone.*Pass y as well"),
+    "narrow": (
+        distance,
+        (THREE[:, :2], THREE[:, :1]),
+        r"x of shape \(8, 2\), y of shape \(8, 1\): .*Linear \(bias .* kernel of shape \(3, 1\)\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_data_that_does_not_fit(name):
+    loss, data, message = SHAPES[name]
+    names = ("x", "y", "sample_weight")
+    for _ in range(2):  # what JAX traced once it does not warn of again
+        model = Trainable(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), loss=loss, optimizer=optax.sgd(0.1))
+        with pytest.raises(DataError, match=message):
+            parafit.fit(model, **dict(zip(names, data)), verbose=0)
+    with pytest.raises(DataError, match=message):
+        parafit.evaluate(model, **dict(zip(names, data)), verbose=0)
+
+
+def test_validation_and_prediction_of_another_shape():
+    model = Trainable(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), loss=distance, optimizer=optax.sgd(0.1))
+    with pytest.raises(DataError, match="compare y of every row"):
+        parafit.fit(model, THREE, THREE[:, :1], validation_data=(THREE, THREE[:, 0]), verbose=0)
+    parafit.fit(model, THREE, THREE[:, :1], verbose=0)
+    with pytest.raises(DataError, match=r"the output of 'linear' cannot be computed from x of shape \(8, 2\).*kernel of shape \(3, 1\)"):
+        parafit.predict(model, THREE[:, :2], verbose=0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda module, batch: jnp.mean((module(batch[0])[:, 0] - batch[1]) ** 2),
+        lambda module, batch: (module(batch[0]).mean() - batch[1].mean()) ** 2,
+        lambda module, batch: jnp.mean(((lambda s: s[:, None] - s)(module(batch[0])[:, 0]) - (batch[1][:, None] - batch[1])) ** 2),
+        lambda module, batch: jnp.mean((module(batch[0]) - batch[1][None, :]) ** 2),
+    ],
+    ids=["row by row", "moments", "pairs", "meant"],
+)
+def test_losses_that_compare_rows_on_purpose(loss):
+    model = Trainable(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), loss=loss, optimizer=optax.sgd(0.1))
+    parafit.fit(model, THREE, THREE[:, 0], verbose=0)
 
 
 def test_sparse_data_is_refused():

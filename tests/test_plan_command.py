@@ -64,6 +64,12 @@ def test_plan_of_a_python_file(run, tmp_path):
     [
         (["gpt:huge", "--batch-size", 8, "--machine", "h100x8"], "cannot read 'gpt:huge'"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h1000"], "Presets are"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x9"], "there is no machine 'h100x9'. Did you mean 'h100x8'?"),
+        (["gtp:125m", "--batch-size", 8], "there is no network and no file 'gtp:125m'. Did you mean 'gpt:125m'?"),
+        (["gpt:125b", "--batch-size", 8, "--machine", "h100x8"], "cannot read 'gpt:125b'. Did you mean 'gpt:175b'?"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--allow", "tensr"], "Did you mean 'tensor'?"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--instead", "tensr=8"], "Did you mean 'tensor'?"),
+        (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--max-gib", 0], "x>0"),
         (["gpt:125m", "--batch-size", 8, "--hosts", 4], "name it with --machine"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--allow", "magic"], "allow names 'magic'"),
         (["gpt:125m", "--batch-size", 8, "--machine", "h100x8", "--max-gib", 0.1], "The smallest is"),
@@ -156,6 +162,14 @@ def test_find_plan_reads_data_shapes_and_models_alike():
     sizes = [sorted((tensor.shape, tensor.itemsize) for tensor in program.of_role("input")) for program in programs]
     assert sizes[0] == sizes[1] == sizes[2]
     assert programs[0].flops == programs[1].flops == programs[2].flops
+
+
+def test_rows_tell_shapes_and_the_batch_is_what_was_asked_for():
+    x, y = np.zeros((24, 20), "float32"), np.zeros(24, "int32")
+    for size in (8, 65536):
+        plan = parafit.find_plan(dense(), x, y, batch_size=size, machine="h100x8")
+        assert plan.ranking.program.sizes["batch"] == size
+    assert parafit.find_plan(dense(), x, y, machine="h100x8").ranking.program.sizes["batch"] == 32
 
 
 def test_find_plan_of_several_inputs_and_outputs():

@@ -200,6 +200,10 @@ def test_a_plan_that_cannot_run_is_refused_before_training():
     x, y = digits()
     with pytest.raises(PlanError, match="wants 16 devices, but there are 8"):
         parafit.sklearn.MLPClassifier(plan="data=16").fit(x, y)
+    for plan in ("tensor=2", "data=2,zero=1", "microbatches=2", "precision=bfloat16", "recompute=blocks"):
+        for solver in ("adam", "lbfgs"):
+            with pytest.raises(PlanError, match=f"plan '{plan}': these estimators run on one device, or split each batch"):
+                parafit.sklearn.MLPClassifier(solver=solver, plan=plan).fit(x, y)
     with pytest.raises(PlanError, match="unknown axis 'rows'"):
         parafit.sklearn.MLPClassifier(plan="rows=2").fit(x, y)
     with pytest.raises(PlanError, match=r"splits a batch over 8 devices, but a batch has 5 rows. Raise batch_size to at least 8"):

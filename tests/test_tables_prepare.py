@@ -9,21 +9,32 @@ import pytest
 
 from parafit.errors import DataError
 from parafit.tables import columns
+from parafit.tables.memory import from_memory
+from parafit.tables.prediction import Notes
 from parafit.tables.prepare import Preparation, fit_preparation
-from parafit.tables.read import clean_text
-from parafit.tables.target import Quantity, fit_target, infer_task
+from parafit.tables.target import Quantity, fit_target, judge_target
+from parafit.tables.times import ISO
 
 QUANTITY = Quantity(name="y", mean=0.0, scale=1.0, reason="a test")
 ROWS = 40
 
 
 def fit(training=None, **table):
-    frame = clean_text(pl.DataFrame({**table, "y": np.zeros(len(next(iter(table.values()))))}))
+    frame = from_memory(pl.DataFrame({**table, "y": np.zeros(len(next(iter(table.values()))))})).frame
     return fit_preparation(frame, QUANTITY, np.arange(frame.height) if training is None else np.array(training))
 
 
 def transform(preparation, **table):
-    return preparation.transform(clean_text(pl.DataFrame(table)))
+    return preparation.transform(from_memory(pl.DataFrame(table)).frame)
+
+
+def check(preparation, first_row=1, **table):
+    """Transform and count, as prediction does."""
+    part = from_memory(pl.DataFrame(table), first_row=first_row)
+    notes = Notes()
+    notes.count(part, preparation.transform(part.frame))
+    notes.check(preparation.treatments)
+    return notes
 
 
 def kinds(preparation):
@@ -120,7 +131,8 @@ def test_times_become_a_line_and_cycles():
 
 
 def test_zones_are_one_line_of_time():
-    assert columns.to_times(pl.Series("x", ["2024-01-02T03:00:00+02:00", "2024-01-02T01:00:00Z", "2024-01-02 01:00"])).n_unique() == 1
+    texts = pl.Series("x", ["2024-01-02T03:00:00+02:00", "2024-01-02T01:00:00Z", "2024-01-02 01:00"])
+    assert columns.to_times(texts, ISO)[0].n_unique() == 1
 
 
 def test_missing_times():
@@ -164,9 +176,13 @@ def test_nothing_left_to_learn_from():
 @pytest.mark.parametrize(
     ("trained", "given", "message"),
     [
-        ([1.0, 2.0], ["3", "abc", "x"], r"column 'x' holds 'abc' in row 2: expected a number, as in training \(2 such rows\)"),
+        (
+            [1.0, 2.0],
+            ["3", "abc", "x"],
+            r"column 'x' holds 'abc' in row 2, 'x' in row 3: expected a number, as in training \(2 of 3 cells are none",
+        ),
         ([1.0, 2.0], [date(2024, 1, 1)], "holds Date: expected numbers"),
-        ([1.0, 2.0], [1.0, float("inf")], "column 'x' holds an infinite number in 1 of 2 rows, first in row 2"),
+        ([1.0, 2.0], [1.0, float("inf")], "column 'x' holds inf in row 2: expected a number"),
         ([True, False], [2], "column 'x' holds 2 in row 1: expected true or false"),
         ([date(2024, 1, 1), date(2024, 1, 2)], ["soon"], "column 'x' holds 'soon' in row 1: expected a date or time"),
         ([date(2024, 1, 1), date(2024, 1, 2)], [5], "holds Int64: expected dates"),
@@ -175,18 +191,20 @@ def test_nothing_left_to_learn_from():
 def test_a_changed_type_is_refused(trained, given, message):
     preparation = fit(x=trained * 10)
     with pytest.raises(DataError, match=message):
-        transform(preparation, x=given)
+        check(preparation, x=given)
 
 
 def test_rows_are_numbered_on_across_batches():
-    frame = clean_text(pl.DataFrame({"x": ["1", "abc"]}))
     with pytest.raises(DataError, match="in row 102"):
-        fit(x=[1.0, 2.0]).transform(frame, first_row=101)
+        check(fit(x=[1.0, 2.0]), first_row=101, x=["1", "abc"])
 
 
-def test_infinite_numbers_in_training_name_their_row():
-    with pytest.raises(DataError, match=r"column 'x' holds an infinite number in 2 of 40 rows, first in row 6"):
-        fit(training=range(20, 40), x=[1.0, 2, 3, 4, 5, float("inf"), -float("inf"), *range(33)])
+def test_infinite_numbers_are_bad_cells():
+    preparation = fit(x=[1.0, 2, 3, 4, 5, float("inf"), -float("inf"), *range(33)])
+    assert preparation.treatments[0].missing == 2
+    inputs = transform(preparation, x=[1.0, float("inf"), None])
+    assert inputs.bad["x"].tolist() == [1]
+    assert inputs.values[1].tolist() == inputs.values[2].tolist()
 
 
 def test_absent_and_extra_columns():
@@ -211,7 +229,7 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"format": 1}', '{"format": 1, "columns": [{"kind": "pickle"}], "dropped": {}, "target": {}}']
+    "text", ["{", "[]", '{"format": 2}', '{"format": 2, "columns": [{"kind": "pickle"}], "dropped": {}, "target": {}}']
 )
 def test_json_of_something_else(text):
     with pytest.raises(DataError, match=r"not what parafit wrote as preprocessing.json"):
@@ -219,8 +237,99 @@ def test_json_of_something_else(text):
 
 
 def test_json_of_another_version():
-    with pytest.raises(DataError, match="format 99; this parafit reads format 1"):
+    with pytest.raises(DataError, match="format 99; this parafit reads format 2"):
         Preparation.from_json('{"format": 99}')
+
+
+def test_identifiers_that_come_again_are_categories_and_targets_are_classes():
+    preparation = fit(customer_id=[17 * number % 30 for number in range(60)], size=[17 * number % 30 for number in range(60)])
+    assert kinds(preparation) == {"customer_id": "category", "size": "number"}
+    assert "an identifier by its name" in preparation.treatments[0].describe()
+    judged = judge_target(pl.Series("user_id", list(range(30)) * 20))
+    assert (judged.task, judged.values) == ("classification", "whole number")
+
+
+def test_codes_as_input_keep_their_zeros():
+    preparation = fit(x=["01", "1", "01", "1"] * 5)
+    assert preparation.inputs == ["x=01", "x=1"]
+    assert "codes such as '01'" in preparation.treatments[0].describe()
+    assert transform(preparation, x=["1", "01", "001"]).values.tolist() == [[0, 1], [1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("given", [["1.234,5 €", "12 €", "abc"], [1234.5, 12.0, None]], ids=["as in training", "numbers"])
+def test_prediction_reads_as_training_did(given):
+    preparation = fit(x=["1.234,5 €", "12 €", "7,25 €"] * 5)
+    assert preparation.treatments[0].describe().endswith("; read (decimal comma, groups of digits parted by '.', unit '€')")
+    again = Preparation.from_json(preparation.to_json())
+    assert again == preparation
+    expected = transform(fit(x=[1234.5, 12, 7.25] * 5), x=[1234.5, 12.0, None])
+    np.testing.assert_array_equal(transform(again, x=given).values, expected.values)
+
+
+def test_another_writing_than_training_is_refused():
+    preparation = fit(x=["1,5", "2,25"] * 5, day=["25/12/2024", "01/01/2024"] * 5)
+    with pytest.raises(DataError, match=r"'x' holds '1.5' in row 1, '2.5' in row 2: expected a number \(decimal comma\), as in training"):
+        check(preparation, x=["1.5", "2.5"], day=["25/12/2024"] * 2)
+    with pytest.raises(DataError, match=r"'day' holds '12/25/2024' in row 1: expected a date .* \(dates as day.month.year\)"):
+        check(preparation, x=["1,5"], day=["12/25/2024"])
+
+
+def test_a_few_bad_cells_of_prediction_are_missing_and_listed():
+    notes = check(fit(x=[1.0, 2.0]), x=["1"] * 19 + ["abc"])
+    assert notes.words() == ["column x: cells that cannot be read, taken as missing: 'abc' in row 20"]
+
+
+NUMBERS = [f"{number * 1.25:.2f}" for number in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "rows", "bad"),
+    [
+        ([*NUMBERS, "abc", None, "?"], "regression", 100, [100]),
+        (["0", "1"] * 50 + ["abc"], "classification", 100, [100]),
+        ([1.0, 2.0, None, float("nan")] * 20, "classification", 40, []),
+        (["a", None, "", "b"] * 5, "classification", 10, []),
+        (["None", "NA"] * 5, "classification", 10, []),
+    ],
+)
+def test_rows_without_a_target(values, task, rows, bad):
+    judged = judge_target(from_memory(pl.DataFrame({"y": values}, strict=False)).frame["y"])
+    assert (judged.task, len(judged.rows), judged.bad.tolist()) == (task, rows, bad)
+
+
+def test_a_word_that_comes_again_among_classes_is_a_class():
+    series = pl.Series("y", ["0", "1"] * 50 + ["other"] * 6)
+    judged = judge_target(series)
+    assert fit_target(series, judged, np.arange(2)).labels == ("0", "1", "other")
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "values_are"),
+    [
+        (["1,234", "2,500", "999"] * 20 + [f"{number:,}" for number in range(1000, 1100)], "regression", "number"),
+        (["007", "012"] * 20, "classification", "text"),
+        (["7c", "8c"] * 20, "classification", "text"),
+        (["5.5 kg", "6 kg"] * 20, "regression", "number"),
+        (["true", "false"] * 20, "classification", "text"),
+    ],
+)
+def test_targets_as_people_write_them(values, task, values_are):
+    judged = judge_target(pl.Series("y", values))
+    assert (judged.task, judged.values) == (task, values_are)
+
+
+def test_codes_are_quantities_when_asked():
+    series = pl.Series("y", ["007", "012"] * 20)
+    quantity = fit_target(series, judge_target(series, "regression"), np.arange(40))
+    assert (quantity.mean, quantity.scale) == (9.5, 2.5)
+
+
+@pytest.mark.parametrize("values", [["2024-01-02", "2024-03-04"] * 10, ["25.12.2024", "1.1.2024"] * 10])
+def test_a_date_as_target_is_refused_with_advice(values):
+    with pytest.raises(
+        DataError, match=r"holds dates such as '.*': expected numbers, .* Predict a number made from them, such as the days"
+    ):
+        judge_target(pl.Series("y", values))
 
 
 @pytest.mark.parametrize(
@@ -235,16 +344,16 @@ def test_json_of_another_version():
     ],
 )
 def test_the_task_is_inferred_with_its_reason(values, task, reason):
-    inferred = infer_task(pl.Series("y", values))
-    assert inferred[0] == task
-    assert reason in inferred[1]
+    judged = judge_target(pl.Series("y", values))
+    assert judged.task == task
+    assert reason in judged.reason
 
 
 @pytest.mark.parametrize(
     ("values", "task", "message"),
     [
-        ([1, 2, None, 3, None], None, "target 'y' is missing in 2 of 5 rows, first in row 3"),
-        ([1.0, float("inf")], None, "target 'y' is infinite or no number in 1 of 2 rows, first in row 2"),
+        ([None, None], None, "target 'y' is missing in every row"),
+        ([1.0, float("inf")], None, "target 'y' is infinite or no number in 1 of 2 rows: inf in row 2"),
         (["a", "a"], None, "'a' in every row: there is nothing to learn with one class"),
         ([1.5, 1.5], None, "nothing to learn with one value"),
         (["a", "b"], "regression", "holds text such as 'a': regression needs a number"),
@@ -255,7 +364,7 @@ def test_the_task_is_inferred_with_its_reason(values, task, reason):
 )
 def test_targets_that_cannot_be_used(values, task, message):
     with pytest.raises(DataError, match=message):
-        infer_task(pl.Series("y", values), task)
+        judge_target(pl.Series("y", values), task)
 
 
 @pytest.mark.parametrize(
@@ -266,11 +375,27 @@ def test_targets_that_cannot_be_used(values, task, message):
         (["1.0", "2"], ("1", "2"), [1, 2]),
         ([True, False], ("false", "true"), [True, False]),
         ([2.0, 1.0], ("1", "2"), [2, 1]),
+        ([0.5, 1.0], ("0.5", "1.0"), [0.5, 1.0]),
+        (["0,5", "1"], ("0,5", "1"), ["0,5", "1"]),
+        (["01", "1"], ("01", "1"), ["01", "1"]),
+        (["1 %", "2 %"], ("1 %", "2 %"), ["1 %", "2 %"]),
+        (
+            ["12345678901234567", "12345678901234568"],
+            ("12345678901234567", "12345678901234568"),
+            ["12345678901234567", "12345678901234568"],
+        ),
+        ([2**53 + 1, 2**53], (str(2**53), str(2**53 + 1)), [2**53 + 1, 2**53]),
+        ([-(2**62) - 1, -(2**62)], (str(-(2**62) - 1), str(-(2**62))), [-(2**62) - 1, -(2**62)]),
+        ([2**64 - 1, 2**64 - 2], (str(2**64 - 2), str(2**64 - 1)), [2**64 - 1, 2**64 - 2]),
+        ([" a", "None"], (" a", "None"), [" a", "None"]),
+        (["1E5", "10E4"], ("10E4", "1E5"), ["1E5", "10E4"]),
+        ([date(2024, 2, 1), date(2024, 1, 1)], ("2024-01-01", "2024-02-01"), ["2024-02-01", "2024-01-01"]),
     ],
 )
 def test_classes_come_back_as_they_were_written(values, labels, predicted):
     series = pl.Series("y", values)
-    classes = fit_target(series, "classification", "a test", np.arange(2))
+    judged = judge_target(pl.concat([series] * 3), "classification")
+    classes = fit_target(series, judged, np.arange(2))
     assert classes.labels == labels
     frame = classes.decode(np.eye(2)[classes.encode(series)])
     assert frame["prediction"].to_list() == predicted
@@ -279,6 +404,6 @@ def test_classes_come_back_as_they_were_written(values, labels, predicted):
 
 def test_quantities_come_back_in_their_units():
     series = pl.Series("y", [10.0, 20.0, 90.0])
-    quantity = fit_target(series, "regression", "a test", np.array([0, 1]))
+    quantity = fit_target(series, judge_target(series, "regression"), np.array([0, 1]))
     assert (quantity.mean, quantity.scale) == (15.0, 5.0)
     np.testing.assert_allclose(quantity.decode(quantity.encode(series))["prediction"], [10, 20, 90])

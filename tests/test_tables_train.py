@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 from sklearn import metrics
 
-from parafit import api, tables
+from parafit import Plan, api, forecast, tables
 from parafit.errors import DataError, ModelError, NonFiniteLossError, OutputError, PlanError
 from parafit.tables import folder, network, prediction
 from parafit.tables.network import choose_settings
@@ -129,7 +130,7 @@ def test_what_prediction_notes(trained, tmp_path):
 def test_a_failed_prediction_leaves_the_old_file(trained, tmp_path):
     (tmp_path / "new.csv").write_text("length,colour\n1.0,red\nlong,blue\n")
     (tmp_path / "out.csv").write_text("old")
-    with pytest.raises(DataError, match="column 'length' holds 'long' in row 2"):
+    with pytest.raises(DataError, match="column 'length' holds 'long' in line 3"):
         tables.predict_file(trained[1], tmp_path / "new.csv", tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "out.csv"]
@@ -176,6 +177,103 @@ def test_the_report_counts_unseen_categories_and_names_dropped_columns(tmp_path)
     assert re.search(r"<td>row</td><td>dropped</td>.*it numbers the rows", report)
 
 
+def written(values, comma):
+    return [f"{value:,.2f} €".translate(str.maketrans(",.", ".,")) if comma else f"{value}" for value in values]
+
+
+def test_a_file_as_people_write_it(tmp_path):
+    """Decimal commas, units, a bad cell, a missing target, another encoding; the folder reads new files alike."""
+    table = houses()
+    size, price = written(table["size"], True), written(table["price"], True)
+    size[3], price[5], price[7] = "abc", "", "soon"
+    lines = [f"{a};{b};{c}" for a, b, c in zip(size, written(table["noise"], False), price)]
+    (tmp_path / "t.csv").write_text("\n".join(["size;noise;price", *lines]) + "\n", encoding="cp1252")
+    result = train(tmp_path / "t.csv", "price", epochs=100, out=tmp_path / "a")
+    assert result.notes == (
+        "read as cp1252, as it is not UTF-8",
+        "column price: cells that cannot be read, taken as missing: 'soon' in line 9",
+        "rows without a target, left out: 2",
+        "column size: cells that cannot be read, taken as missing: 'abc' in line 5",
+    )
+    assert result.scores["test"]["r2"] > 0.9
+    assert sum(part["rows"] for part in result.scores.values()) == ROWS - 2
+    report = (tmp_path / "a" / "report.html").read_text()
+    for words in (*result.notes, "decimal comma, groups of digits parted by &#x27;.&#x27;, unit &#x27;€&#x27;"):
+        assert words.replace("'", "&#x27;") in report
+    again = folder.read_folder(tmp_path / "a")
+    assert (again.notes, again.preparation) == (result.notes, result.preparation)
+    new = houses(seed=1)
+    texts = new.select(size=pl.Series(written(new["size"], True)), noise=pl.Series(written(new["noise"], False)))
+    rounded = new.select(pl.col("size").round(2), "noise")
+    np.testing.assert_allclose(tables.predict(again, texts)["prediction"], tables.predict(result, rounded)["prediction"])
+
+
+def test_what_was_read_is_printed(capsys):
+    train(pl.DataFrame({"x": ["1,5", "2,25"] * 10, "y": ["a", "b"] * 10}), "y", epochs=1, verbose=True)
+    assert "note     column x: read with decimal comma" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted"),
+    [(("01", "1"), pl.String), (("12345678901234567", "12345678901234568"), pl.String), ((2**60, 2**60 + 1), pl.Int64)],
+)
+def test_codes_as_target_come_back_as_they_were(tmp_path, labels, predicted):
+    species = pl.Series("code", [labels[species == "iris"] for species in flowers()["species"]])
+    table = flowers().drop("species").with_columns(species)
+    result = train(table, "code", out=tmp_path / "a", epochs=20)
+    answers = tables.predict(folder.read_folder(tmp_path / "a"), table)["prediction"]
+    assert (answers.dtype, set(answers)) == (predicted, set(labels))
+    assert (answers == table["code"]).mean() > 0.9
+    assert result.scores["test"]["accuracy"] > 0.9
+
+
+def test_every_row_in_gives_a_row_out(trained, tmp_path):
+    (tmp_path / "new.csv").write_text("length,colour\n1.0,blue\n,\n\n4.0,red\nlength,colour\n1.0,blue\n")
+    notes = tables.predict_file(trained[1], tmp_path / "new.csv", tmp_path / "out.csv")
+    assert notes.rows == pl.read_csv(tmp_path / "out.csv").height == 4
+    assert notes.words()[:2] == ["blank lines left out: 1", "repeated header lines left out: 1"]
+
+
+def test_every_line_of_one_column_gives_a_row_out(tmp_path):
+    result = train(flowers().select("length", "species"), epochs=1)
+    (tmp_path / "new.csv").write_text("length\n1.0\n\n4.0\n")
+    assert tables.predict_file(result, tmp_path / "new.csv", tmp_path / "out.csv").rows == 3
+
+
+@pytest.mark.parametrize("way", ["itself", "link"])
+def test_predictions_do_not_replace_their_table(trained, tmp_path, way):
+    table = tmp_path / "t.csv"
+    table.write_text("length,colour\n1.0,blue\n")
+    out = table if way == "itself" else tmp_path / "link.csv"
+    if way == "link":
+        out.symlink_to(table)
+    with pytest.raises(OutputError, match=r"would replace .*, the table they are made from: choose another name"):
+        tables.predict_file(trained[1], table, out)
+    assert table.read_text() == "length,colour\n1.0,blue\n"
+
+
+def test_bad_cells_are_judged_over_the_whole_file(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "_STEP_ROWS", 16)
+    monkeypatch.setattr(prediction, "_BATCH_BYTES", 1)
+    lines = ["1.0,blue"] * 40 + ["abc,blue"] * 3 + ["1.0,red"] * 5
+    (tmp_path / "new.csv").write_text("\n".join(["length,colour", *lines]) + "\n")
+    notes = tables.predict_file(trained[1], tmp_path / "new.csv", tmp_path / "out.csv")
+    shown = "'abc' in line 42, 'abc' in line 43, 'abc' in line 44"
+    assert notes.words()[0] == f"column length: cells that cannot be read, taken as missing: {shown}"
+
+
+def test_an_excel_file_is_learnt_and_predicted(tmp_path):
+    pytest.importorskip("fastexcel", reason="fastexcel reads Excel files")
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl writes the test's Excel file")
+    book = openpyxl.Workbook()
+    for row in (flowers().columns, *flowers().rows()):
+        book.active.append(row)
+    book.save(tmp_path / "t.xlsx")
+    result = train(tmp_path / "t.xlsx")
+    assert result.scores["test"]["accuracy"] > 0.9
+    assert tables.predict_file(result, tmp_path / "t.xlsx", tmp_path / "out.csv").rows == ROWS
+
+
 def test_a_boolean_target_comes_back_boolean():
     table = flowers().with_columns(wild=pl.col("species") == "iris").drop("species")
     result = train(table, "wild")
@@ -189,18 +287,32 @@ def test_a_folder_reads_back(trained):
     assert (again.preparation, again.plan, again.scores, again.history) == (result.preparation, result.plan, result.scores, result.history)
 
 
-def test_a_second_run_replaces_its_own_folder(tmp_path):
+def test_a_second_run_replaces_its_own_folder_by_force(tmp_path):
     train(epochs=1, out=tmp_path / "deep" / "a")
-    train(epochs=2, out=tmp_path / "deep" / "a")
+    train(epochs=2, out=tmp_path / "deep" / "a", force=True)
     assert len(folder.read_folder(tmp_path / "deep" / "a").history["loss"]) == 2
     assert os.listdir(tmp_path / "deep") == ["a"]
+
+
+def test_a_model_is_kept_unless_forced(trained, monkeypatch):
+    monkeypatch.setattr(api, "fit", never)
+    with pytest.raises(OutputError, match=r"holds a model already: choose another folder, or replace it with --force"):
+        train(out=trained[1])
+
+
+def test_a_model_that_came_during_training_is_kept(tmp_path):
+    result = train(epochs=1, out=tmp_path / "a")
+    before = (tmp_path / "a" / "model.keras").read_bytes()
+    assert folder.write_folder(tmp_path / "a", result, "second") == tmp_path / "a-2"
+    assert (tmp_path / "a" / "model.keras").read_bytes() == before
+    assert (tmp_path / "a-2" / "report.html").read_text() == "second"
 
 
 def test_a_failed_write_keeps_the_old_folder(tmp_path, monkeypatch):
     result = train(epochs=1, out=tmp_path / "a")
     monkeypatch.setattr(type(result.plan), "to_json", lambda plan: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OutputError, match=r"no space left.*Nothing was replaced"):
-        folder.write_folder(tmp_path / "a", result, "new")
+        folder.write_folder(tmp_path / "a", result, "new", force=True)
     assert "Confusion" in (tmp_path / "a" / "report.html").read_text()
     assert os.listdir(tmp_path) == ["a"]
 
@@ -253,6 +365,46 @@ def test_a_damaged_model(tmp_path):
     (tmp_path / "a" / "model.keras").write_text("x")
     with pytest.raises(ModelError, match="cannot load a network from"):
         tables.predict(tmp_path / "a", flowers())
+
+
+DAMAGE = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "turned": lambda content: content[:-20] + bytes(reversed(content[-20:])),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in folder.FILES if name != "report.html"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_of_a_folder(trained, tmp_path, name, damage):
+    place = shutil.copytree(trained[1], tmp_path / "a")
+    content = (place / name).read_bytes()
+    (place / name).write_bytes(DAMAGE[damage](content))
+    with pytest.raises((DataError, ModelError), match=f"{name}.*([Cc]opy|another run|cannot load)"):
+        tables.predict(place, flowers())
+
+
+def test_a_folder_of_two_runs(trained, tmp_path):
+    train(epochs=1, seed=5, out=tmp_path / "b")
+    for name in ("model.keras", "preprocessing.json"):
+        place = shutil.copytree(trained[1], tmp_path / name)
+        shutil.copy(tmp_path / "b" / name, place / name)
+        with pytest.raises(DataError, match=f"{name} is not what training wrote there: .*from another run.*Copy the whole folder"):
+            tables.predict(place, flowers())
+
+
+def test_auto_asks_the_planner(monkeypatch):
+    asked = []
+
+    def best(step, program, **_):
+        asked.append(step.name)
+        return Plan.parse("data=2")
+
+    monkeypatch.setattr(forecast, "best_plan", best)
+    assert train(epochs=1).plan == Plan.parse("data=2")
+    assert asked == ["train"]
+    assert train(epochs=1, plan="single").plan == Plan()
+    assert asked == ["train"]
 
 
 @pytest.mark.parametrize("finished", [0, 5])

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import ClosedJaxpr, Primitive
+from jax.interpreters import ad, mlir
 from keras import layers
 
+import parafit
 from parafit.adapt import KerasModel
+from parafit.arrays import arrays_of
 from parafit.dims import Dims
 from parafit.errors import ModelError
 from parafit.fold import fold_blocks
 from parafit.program import KINDS, PHASES, ROLES
 from parafit.trace import jaxpr_of, trace, trace_loss, trace_step
-from parafit.walk import Leaf
+from parafit.walk import Leaf, Walk
 from tests.zoo import ZOO
 
 ROWS = 16
@@ -229,6 +233,66 @@ def test_what_is_not_known_is_listed_and_not_split():
     assert any(operation.kind == "unknown" for operation in program.operations)
     assert "batch" in program.fixed
     assert program.tensors["b"].dims[1] not in program.fixed
+
+
+def test_stacked_and_repeated_arrays_keep_their_dims():
+    def loss(weights, x):
+        stacked = jnp.stack([x @ weights["a"], x @ weights["b"]], axis=1)
+        first, second = jnp.unstack(stacked, axis=1)
+        return (jnp.tile(first * second, (1, 2)) @ weights["c"]).sum()
+
+    program = trace_loss(loss, JOINED, shape(4, 6))
+    assert not program.unknown
+    assert program.tensors["a"].dims[1] == program.tensors["b"].dims[1]
+    assert program.tensors["a"].dims[1] in program.fixed, "tile repeats it"
+    assert "batch" not in program.fixed
+
+
+MADE_UP = Primitive("made_up")
+MADE_UP.def_impl(lambda x: 2 * x)
+MADE_UP.def_abstract_eval(lambda x: x)
+mlir.register_lowering(MADE_UP, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+ad.deflinear2(MADE_UP, lambda slope, _: [2 * slope])
+
+
+@pytest.mark.parametrize("plan", ["single", "data=2", "data=2,zero=3", "tensor=2", "microbatches=2", "recompute=blocks", "auto"])
+def test_a_primitive_that_nobody_knows_costs_no_run(plan, capsys):
+    class Doubles(keras.layers.Layer):
+        def call(self, x):
+            return MADE_UP.bind(x)
+
+    def fitted(plan):
+        keras.utils.set_random_seed(0)
+        hidden = [keras.layers.Dense(8, "tanh"), Doubles(), keras.layers.Dense(8, "tanh")]
+        model = keras.Sequential([keras.Input((6,)), *hidden, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        history = parafit.fit(model, np.ones((32, 6), "float32"), np.ones((32, 1), "float32"), epochs=2, plan=plan, verbose=2)
+        return history.history["loss"]
+
+    np.testing.assert_allclose(fitted(plan), fitted("single"), rtol=1e-5)
+    assert "predicted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loop", ["scan", "while", "cond"])
+def test_a_loop_in_a_form_that_nobody_knows_costs_no_run(loop):
+    """As JAX 0.11 changed the parameters of `scan`, another JAX may change those of others."""
+
+    def step(w, x):
+        w = jax.lax.scan(lambda w, row: (w * row.sum(), row), w, x)[0]
+        w = jax.lax.while_loop(lambda w: w.sum() < 0, lambda w: w * 2, w)
+        return jax.lax.cond(w.sum() > 0, lambda w: w, lambda w: w + 1, w)
+
+    closed = jax.make_jaxpr(step)(shape(3), shape(4, 3))
+    names = {"scan": {"num_carry", "ft_in"}, "while": {"cond_nconsts"}, "cond": {"branches"}}[loop]
+    other = [
+        equation.replace(params={name: value for name, value in equation.params.items() if name not in names})
+        if equation.primitive.name == loop
+        else equation
+        for equation in closed.jaxpr.eqns
+    ]
+    walk = Walk(ClosedJaxpr(closed.jaxpr.replace(eqns=other), closed.consts), _inputs("w", "x"), [])
+    assert list(walk.unknown) == [loop]
+    assert arrays_of(walk)[0]
 
 
 @pytest.mark.parametrize(

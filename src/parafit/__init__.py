@@ -10,13 +10,13 @@ labels = parafit.predict(model, x_new)
 ```
 
 Read `api.py` first. Importing parafit chooses Keras' JAX backend where none was chosen, keeps compiled programs
-on disk so that a second start compiles nothing again, and lets all threads share one heap (`heap.py`); Keras and JAX themselves
-are imported when first needed.
+on disk so that a second start compiles nothing again, and, where JAX computes on the processor, lets all threads share one heap
+(`heap.py`); Keras and JAX themselves are imported when first needed.
 """
 
 import importlib
 
-from parafit import cluster, heap, imports
+from parafit import cluster, heap, imports, programs
 
 __version__ = "0.1.0"
 __all__ = ["Machine", "Plan", "errors", "evaluate", "explain", "find_plan", "fit", "predict"]
@@ -25,8 +25,10 @@ _HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "plan"}
 _HOMES |= {"find_plan": "planner", "explain": "compare", "Machine": "machine"}
 
 cluster.prepare()
-heap.use_one_arena()
+if cluster.computes_on_processor():
+    heap.use_one_arena()
 imports.defer_slow_parts_of_keras()
+imports.when_imported("jax", programs.keep_programs)
 
 
 def __getattr__(name: str):

@@ -8,8 +8,9 @@ import warnings
 from functools import partial
 from typing import Any
 
-from parafit import compat, data, forecast, run
+from parafit import checks, compat, data, forecast, run
 from parafit.adapt import Adapter, Step
+from parafit.arguments import check_arguments
 from parafit.callbacks import batch_strides, callback_list
 from parafit.errors import ModelError, PlanError
 from parafit.mesh import Placement
@@ -71,6 +72,11 @@ def fit(
     >>> bool(history.history["loss"][-1] < 1e-3)
     True
     """
+    check_arguments(
+        **{"batch_size": batch_size, "epochs": epochs, "verbose": verbose, "validation_split": validation_split, "shuffle": shuffle},
+        **{"class_weight": class_weight, "initial_epoch": initial_epoch, "steps_per_epoch": steps_per_epoch},
+        **{"validation_steps": validation_steps, "validation_batch_size": validation_batch_size, "validation_freq": validation_freq},
+    )
     adapter = adapter_of(model, "fit")
     model = adapter.model
     placement = Placement(Plan.read(plan))
@@ -93,13 +99,15 @@ def fit(
             **options,
         )
     if validation_split and validation_data is None:
+        x, y, sample_weight = data.plain(x, y, sample_weight)
         data.check_lengths(x, y, sample_weight)
+        checks.check_split(x, validation_split)
         (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
     feed = data.Feed(x, y, sample_weight, **options)
-    adapter.build(feed.example)
+    checks.build(adapter, feed, "fit")
     step = adapter.train_step()
     program = forecast.programs(adapter, step, feed.shapes)
-    placement = _choose(plan, placement, step, feed, program)
+    placement = _choose(plan, placement, step, feed, program, verbose)
     if verbose and placement.plan.ranking:
         print(placement.plan)
     placement = settle(placement, step, program)
@@ -107,9 +115,8 @@ def fit(
     listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
     pace = run.Pace(batch_strides(listed, "train", model.steps_per_execution))
     feed.limit(pace.strides)
-    validation = validation_data and _Validation(
-        adapter, validation_data, listed, placement, batch_size=validation_batch_size or batch_size, steps=validation_steps
-    )
+    rows = {"batch_size": validation_batch_size or batch_size, "steps": validation_steps}
+    validation = None if validation_data is None else _Validation(adapter, validation_data, listed, placement, **rows)
 
     def validate(epoch: int) -> dict:
         return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
@@ -157,6 +164,7 @@ def evaluate(
     >>> float(parafit.evaluate(model, np.ones((8, 2)), np.ones((8, 1)), verbose=0))
     1.0
     """
+    check_arguments(batch_size=batch_size, verbose=verbose, steps=steps)
     adapter = adapter_of(model, "evaluate")
     model = adapter.model
     placement = Placement(Plan.read(plan))
@@ -164,10 +172,10 @@ def evaluate(
         _leave_to_keras(model, placement.plan, reason)
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
     feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
-    adapter.build(feed.example)
+    checks.build(adapter, feed, "evaluate")
     step = adapter.test_step()
     program = forecast.programs(adapter, step, feed.shapes)
-    placement = settle(_choose(plan, placement, step, feed, program), step, program)
+    placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     logs = _evaluate(adapter, feed, listed, placement)
     return logs if return_dict else adapter.scores(logs)
@@ -197,6 +205,7 @@ def predict(
     >>> parafit.predict(model, np.ones((3, 2)), verbose=0).tolist()
     [[2.0], [2.0], [2.0]]
     """
+    check_arguments(batch_size=batch_size, verbose=verbose, steps=steps)
     adapter = adapter_of(model, "predict")
     model = adapter.model
     placement = Placement(Plan.read(plan))
@@ -204,10 +213,10 @@ def predict(
         _leave_to_keras(model, placement.plan, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
     feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps)
-    adapter.build_layers(feed.example)
+    checks.build(adapter, feed, "predict")
     step = adapter.predict_step()
     program = forecast.programs(adapter, step, feed.shapes)
-    placement = settle(_choose(plan, placement, step, feed, program), step, program)
+    placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
     listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
     strides = batch_strides(listed, "predict", model.steps_per_execution)
     feed.limit(strides)
@@ -221,6 +230,7 @@ class _Validation:
     def __init__(self, adapter: Adapter, validation_data, callbacks, placement: Placement, *, batch_size, steps):
         x, y, sample_weight = compat.unpack(validation_data)
         self._feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps)
+        checks.check(adapter, self._feed, "evaluate", "validation_data")
         self._adapter, self._callbacks, self._placement = adapter, callbacks, placement
 
     def logs(self) -> dict:
@@ -235,9 +245,11 @@ def _evaluate(adapter: Adapter, feed: data.Feed, callbacks, placement: Placement
     return run.evaluate(adapter, feed, callbacks, run.Pace(strides), placement)
 
 
-def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program) -> Placement:
+def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program, verbose) -> Placement:
     """The placement of the plan that was asked for, or for "auto" of the one that suits the model, the data and the machine."""
-    return Placement(forecast.best_plan(step, program)) if plan == "auto" and feed.knows_shapes else placement
+    if plan != "auto" or not feed.knows_shapes:
+        return placement
+    return Placement(forecast.best_plan(step, program, tell=print if verbose else lambda words: None))
 
 
 def _why_stepwise(adapter: Adapter, *parts) -> str | None:

@@ -1,6 +1,6 @@
 """What a step holds in memory under XLA:CPU beside its state, and from when to when. Plain Python.
 
-Read from the programs that XLA makes (JAX 0.10.2):
+Read from the programs that XLA makes (JAX 0.10.2; read again in 0.11 and 0.12, `versions.py`):
 - fusion: an operation on elements runs inside every operation that can take it in, however often it is then computed, unless it is
   costly (exp, a division) and has several readers. What some reader must have in memory is stored; others read it there too, unless it
   is made from one array of its size alone: then they compute it again.
@@ -153,7 +153,7 @@ def _kernel(array: Array, stored: set[int]) -> _Kernel:
 def _sources(array: Array, same: bool) -> list[tuple[Array, Array, bool]]:
     """(array, one that it is made from, whether element by element), the last first."""
     same = same and array.primitive not in _ELSEWHERE
-    return [(array, source, same and source.bytes == array.bytes) for source in reversed(array.reads)]
+    return [(array, source, same and source.value.size == array.value.size) for source in reversed(array.reads)]
 
 
 _ELSEWHERE = frozenset({"transpose", "rev", "concatenate", "pad", "slice", "dynamic_slice", "gather"})

@@ -7,12 +7,12 @@ timed again and again, in turns with all others, until the time is up; the media
 import datetime
 import math
 import os
-import platform
 import re
 import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,15 +22,18 @@ import numpy as np
 from parafit.cluster import cache_directory
 from parafit.cost import price
 from parafit.errors import MachineError
-from parafit.files import write_whole
+from parafit.files import private_folder, prune, write_whole
 from parafit.heap import keeps_memory, takes_up_gaps
 from parafit.machine import Device, Link, Machine, Matmul
 from parafit.plan import Plan
 from parafit.probes import ADAM, Probe, network_loss, network_shapes, probes
+from parafit.processor import processor_name
 from parafit.program import Program
 from parafit.software import Software
 from parafit.trace import trace_loss
 
+_MOST_BYTES = 1 << 24
+"""Of all calibrations together; one takes about 30 kB."""
 _LEAST_ROUNDS, _LEAST_PROBES = 4, 9
 _TURNS = 8
 _SHORT_BYTES, _LONG_BYTES = 8, 1 << 22
@@ -49,16 +52,28 @@ def here() -> Machine:
     >>> machine.device_count == jax.device_count()
     True
     """
-    path = machine_path()
-    try:
-        return Machine.load(path) if path.exists() else detect()
-    except MachineError:  # written by another version
-        return detect()
+    return _calibrated() or detect()
 
 
 def is_calibrated() -> bool:
     """Whether this machine's numbers were measured, by `calibrate`."""
-    return machine_path().exists()
+    return _calibrated() is not None
+
+
+def _calibrated() -> Machine | None:
+    """This machine as it was calibrated; a file that is damaged, or of another version, goes."""
+    path = machine_path()
+    if not path.exists():
+        return None
+    try:
+        with suppress(OSError):
+            os.utime(path)  # in use: `prune` takes others first
+        return Machine.load(path)
+    except (MachineError, OSError, UnicodeDecodeError) as error:
+        print(f"parafit: this machine's calibration cannot be read and goes; `parafit machine --calibrate` measures anew: {error}")
+        with suppress(OSError):
+            path.unlink()
+        return None
 
 
 def detect() -> Machine:
@@ -69,7 +84,7 @@ def detect() -> Machine:
             return replace(Machine.load(preset, hosts=jax.process_count()), devices_per_host=jax.local_device_count())
     cores = core_count()
     found = Device(
-        name=_processor(),
+        name=processor_name(),
         peak_flops={"float32": cores * _LANES * 2e9, "float64": cores * _LANES / 2 * 2e9},
         memory_bytes=_memory_bytes(),
         memory_bytes_per_second=1e10,
@@ -99,15 +114,16 @@ def calibrate(seconds: float = 30.0) -> Machine:
     others = {"feed_bytes_per_second": feed_rate(), "dispatch_seconds": dispatch_seconds()}
     timed = _measure(list(probes()), ends)
     machine = _linked(_started(_described(found, timed, others), timed))
-    machine_path().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(machine_path(), machine.to_json())
+    folder = private_folder(cache_directory(), "machines")
+    write_whole(machine_path(), machine.to_json(), mode=0o600)
+    prune(folder, _MOST_BYTES, pattern="*.json")
     return machine
 
 
 def machine_id() -> str:
     """What tells one kind of machine, and one set-up of it, from another: processor, cores, devices and JAX's version."""
     device = jax.devices()[0]
-    kind = _processor() if device.platform == "cpu" else device.device_kind
+    kind = processor_name() if device.platform == "cpu" else device.device_kind
     name = f"{kind} {core_count()} cores {jax.device_count()} {device.platform} jax {jax.__version__}"
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
@@ -120,17 +136,6 @@ def machine_path() -> Path:
 def core_count() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    """The processor's name, with family and model, which tell generations apart where the name does not."""
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in information.read_text().split("\n\n")[0].splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    numbers = [fields[name] for name in ("cpu family", "model") if name in fields]
-    return " ".join([fields.get("model name", platform.machine()), *numbers])
 
 
 def _memory_bytes() -> float:

@@ -8,15 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from parafit import compat
 from parafit.adapt import State, Step, remembered
+from parafit.even import evenly
 from parafit.heap import takes_up_gaps
 from parafit.mesh import Lookup, Placement
 from parafit.rewrite import in_bfloat16, rewrite_jaxpr
-from parafit.schedule import CompilerOptions, compiler_options
+from parafit.schedule import CompilerOptions, compiled, compiler_options
 from parafit.techniques import planned_function
-from parafit.trace import jaxpr_of
+from parafit.trace import jaxpr_of, shapes_of
 
 _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compile")
 
@@ -81,7 +83,7 @@ class Chunk:
 
 def _compile(lowered, options: CompilerOptions):
     with takes_up_gaps():
-        return lowered.compile(options)
+        return compiled(lowered, options)
 
 
 def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> Chunk:
@@ -94,8 +96,7 @@ def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool
 
 
 def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk:
-    held = step.read_fixed(), step.read(), arrays
-    fixed, state, arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held)
+    fixed, state, arrays = shapes_of((step.read_fixed(), step.read(), arrays))
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
     run_step, outputs, options = _trace(step, fixed, state, batch, placement, seldom)
@@ -121,6 +122,8 @@ def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) 
     if jax.default_backend() == "cpu":
         options = compiler_options(closed, seldom=seldom)
         closed = rewrite_jaxpr(closed)
+    if placement.mesh is not None:
+        closed = _evenly(closed, step, fixed, state, batch, outputs, placement)
     flat = compat.jaxpr_as_function(closed)
     structure = jax.tree.structure((outputs, new_state))
     owners = step.owners
@@ -134,6 +137,16 @@ def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) 
         return outputs, placement.constrain(placement.stored, owners[1], new)
 
     return run_step, outputs, options
+
+
+def _evenly(closed: ClosedJaxpr, step: Step, fixed, state, batch, outputs, placement: Placement) -> ClosedJaxpr:
+    """The traced step with no array split unevenly under the plan."""
+    owners = step.owners
+    given = jax.tree.map(placement.computed, owners, (fixed, state)), jax.tree.map(lambda leaf: placement.batch(leaf.shape), batch)
+    predicted = jax.tree.map(lambda leaf: placement.batch(leaf.shape) if step.name == "predict" else None, outputs)
+    left = predicted, jax.tree.map(placement.stored, owners[1], state)
+    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)  # noqa: E731
+    return evenly(closed, placement.mesh, given=leaves(given), left=leaves(left))
 
 
 def _run_many(run_step: Callable, capacity: int, *, guarded: bool) -> Callable:

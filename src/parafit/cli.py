@@ -18,7 +18,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except ParafitError as error:
-        click.echo(f"parafit: {error}", err=True)
+        click.echo(f"parafit: {error.command_line}", err=True)
         sys.exit(_FAILED)
     except (KeyboardInterrupt, click.Abort):
         click.echo("parafit: interrupted; nothing was written.", err=True)
@@ -43,10 +43,11 @@ def commands() -> None:
 )
 @click.option("--plan", default="auto", show_default=True, help="What to run on: auto, single, data=8, or a plan's JSON file.")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to write. Default: the table's name with -model.")
+@click.option("--force", is_flag=True, help="Replace a model that the folder holds already.")
 def train(table: Path, out: Path | None, **options) -> int:
     """Fit a network that predicts a column of TABLE from the others.
 
-    TABLE is a CSV, TSV (also .gz), Parquet or Arrow/Feather file. Leaves a folder with the model, its preprocessing, the plan,
+    TABLE is a CSV, TSV (also .gz), Parquet, Arrow/Feather or Excel file. Leaves a folder with the model, its preprocessing, the plan,
     the history, the scores, and report.html. Ctrl-C keeps what was learnt so far.
     """
     from parafit import tables
@@ -79,7 +80,7 @@ def predict(folder: Path, table: Path, out: Path) -> int:
 @click.option("--hosts", type=click.IntRange(min=1), help="How many of these machines.")
 @click.option("--network", metavar="RATE", help="Bandwidth between hosts for each device, such as 400Gb.")
 @click.option("--goal", type=click.Choice(["time", "memory", "cost"]), default="time", show_default=True, help="What to minimise.")
-@click.option("--max-gib", type=float, help="Memory that a device may use. Default: all of it.")
+@click.option("--max-gib", type=click.FloatRange(min=0, min_open=True), help="Memory that a device may use. Default: all of it.")
 @click.option("--allow", metavar="NAMES", help="Techniques that may be used, such as data,tensor,zero. Default: all that keep the numbers.")
 @click.option("--instead", metavar="PLAN", help='A plan to compare with, such as "data=8,tensor=8".')
 @click.option(

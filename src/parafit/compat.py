@@ -6,8 +6,11 @@ Keras 3.15, JAX 0.10.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import keras
 import numpy as np
+from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
@@ -22,7 +25,13 @@ def symbolic_build(model, batch) -> None:
 
     Keras 3.15: private, and the same in 3.10-3.14; the public `build` and `compile` leave metric variables to the first call.
     """
-    model._symbolic_build(data_batch=batch)
+    model._symbolic_build(data_batch=jax.tree.map(_as_computed, batch))
+
+
+def _as_computed(array: Any) -> Any:
+    """An array in the dtype that JAX computes in: Keras 3.15 asks for the array's own, and JAX 0.12 warns where that has 64 bits."""
+    known = isinstance(array, np.ndarray) and array.dtype.kind in "iufc"
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False) if known else array
 
 
 def flatten_metrics(model, logs: dict) -> Any:
@@ -112,6 +121,106 @@ def update_metrics(model, metrics, loss, predictions, batch) -> Any:
     """The logs and the metrics' variables after a batch; see `own_step`."""
     x, y, sample_weight = unpack(batch)
     return model._update_metrics_variables(metrics, loss, x, y, predictions, sample_weight)
+
+
+def computes_loss_itself(model) -> bool:
+    """Whether a model's class decides itself what its targets mean. Keras 3.15: `own_step`, and the steps of evaluation."""
+    names = ("compute_loss", "_compute_loss", "test_step")
+    return bool(own_step(model)) or any(getattr(type(model), name) is not getattr(keras.Model, name) for name in names)
+
+
+def symbolic_ends(model) -> tuple[Any, Any]:
+    """The inputs and outputs of a functional or built sequential model, each in its structure; `(None, None)` of others.
+
+    Keras 3.15: private; the public lists `inputs` and `outputs` are flat. A class with a `call` of its own computes what it likes.
+    """
+    graph: Any = model._functional if isinstance(model, keras.Sequential) else model
+    if type(model).call.__module__.startswith("keras.") and hasattr(graph, "_outputs_struct"):
+        return graph._inputs_struct, graph._outputs_struct
+    return None, None
+
+
+def embeddings(model) -> Iterator[tuple[Any, Any]]:
+    """Each embedding of a model with each symbolic tensor that it reads. Keras 3.15: private nodes tell."""
+    for layer in model._flatten_layers():
+        if type(layer) is keras.layers.Embedding:
+            yield from ((layer, tensor) for node in layer._inbound_nodes for tensor in node.input_tensors)
+
+
+def masks(model) -> bool:
+    """Whether a layer of the model masks positions. Keras 3.15: `_flatten_layers`."""
+    return any(isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False) for layer in model._flatten_layers())
+
+
+def mask_of(inputs, output) -> Callable[[Any], Any] | None:
+    """From a functional model's inputs to the mask of an output; None where it has none. Keras 3.15: a private attribute."""
+    mask = getattr(output, "_keras_mask", None)
+    return None if mask is None else keras.Function(inputs, mask)
+
+
+def has_loss(model) -> bool:
+    """Whether a model was compiled with a loss. Keras 3.15: private, as `model.loss` may hold nothing but None."""
+    return model._compile_loss is not None
+
+
+def learns_nothing(model) -> bool:
+    """Whether a model has no loss and nothing else to learn from: only layers of Keras, none of them regularised.
+
+    Keras 3.15: `_flatten_layers` reaches layers within layers, the model among them.
+    """
+    layers = list(model._flatten_layers())
+    plain = all(type(layer).__module__.startswith("keras.") and layer.built and not layer.activity_regularizer for layer in layers)
+    return not has_loss(model) and plain and not model.losses
+
+
+def loss_function(loss) -> tuple[str, dict]:
+    """The name and options of the function that a loss of Keras' own wraps; `("", {})` for a loss of the user's.
+
+    Keras 3.15: the options are private.
+    """
+    function: Any = getattr(loss, "fn", None)
+    owners = type(loss).call, type(loss).__call__, getattr(function, "__module__", "")
+    if owners != (LossFunctionWrapper.call, keras.Loss.__call__, LossFunctionWrapper.__module__):
+        return "", {}
+    return function.__name__, loss._fn_kwargs
+
+
+def pair_losses(model, y, outputs, sample_weight) -> list[tuple[str, Any, Any, Any, Any]]:
+    """`(name, loss, target, output, sample weight)` for each loss of a compiled model that counts, matched as Keras matches them.
+
+    Args:
+        model: compiled with a loss.
+        y, outputs, sample_weight: structures of anything that has a shape.
+
+    Raises:
+        ValueError, KeyError: they do not match.
+
+    Keras 3.15: only `CompileLoss.call` knows which target belongs to which output.
+    """
+    given = model._compile_loss
+    pairing = _Pairing(given._user_loss, given._user_loss_weights, output_names=given.output_names)
+    pairing.call(y, outputs, sample_weight)
+    return pairing.pairs
+
+
+class _Pairing(CompileLoss):
+    """Matches targets with outputs and computes nothing."""
+
+    metrics: Any = ()
+
+    def build(self, y_true, y_pred):
+        super().build(y_true, y_pred)
+        self.pairs: list = []
+        counting = [each for each in self._flat_losses if each.loss_weights is None or each.loss_weights]
+        self._flat_losses = [each._replace(loss=self._note(each.name, each.loss), loss_weights=None) for each in counting]
+        self.metrics = [None] * len(self._flat_losses)
+
+    def _note(self, name: str, loss) -> Callable:
+        def note(target, output, sample_weight):
+            self.pairs.append((name, loss, target, output, sample_weight))
+            return 0.0
+
+        return note
 
 
 class Batches:

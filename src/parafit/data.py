@@ -19,6 +19,7 @@ BLOCK_BYTES = 4 << 20  # Measured: small enough to stay in the cache between the
 MOST_STEPS = 256  # and still enough steps to hide the cost of a dispatch.
 _BUFFERS = 2
 _MANY_STEPS = 20  # With as many, a last batch that takes up to 1.8 times as long as it might makes an epoch 4 % longer.
+_MOST_WORDS = 400  # Characters of Keras' message about data: it may print all of it.
 _ALIGNMENT_BYTES = 64  # XLA:CPU reads a host buffer in place where it is aligned so, and copies it where not.
 
 
@@ -53,16 +54,20 @@ class Feed:
     """
 
     def __init__(self, x, y=None, sample_weight=None, *, batch_size=None, steps_per_epoch=None, shuffle=False, class_weight=None):
-        x, y, sample_weight = (jax.tree.map(_plain, part, is_leaf=_is_array) for part in (x, y, sample_weight))
+        x, y, sample_weight = plain(x, y, sample_weight)
         check_lengths(x, y, sample_weight)
         options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
-        self._batches = compat.Batches(x, y, sample_weight, **options)
+        try:
+            self._batches = compat.Batches(x, y, sample_weight, **options)
+        except ValueError as error:
+            raise DataError(str(error)[:_MOST_WORDS]) from error
         self._arrays = None if self._batches.arrays is None else jax.tree.map(_as_array, self._batches.arrays)
         self._in_order, self._table = not shuffle, None
         self._most_steps = min(MOST_STEPS, self.steps_per_epoch or MOST_STEPS)
         self._buffers: dict[Any, _Buffers] = {}
         self._largest_batch = 0
         self._drawn: Any = None
+        self._check: Callable[[Any], Any] | None = None
 
     @property
     def steps_per_epoch(self) -> Any:
@@ -82,6 +87,20 @@ class Feed:
     def knows_shapes(self) -> bool:
         """Whether `shapes` can tell without drawing a batch."""
         return self._arrays is not None or self._drawn is not None
+
+    @property
+    def known(self) -> Any:
+        """What is there to look at: the arrays of all rows, or the batch that was drawn; None before one was."""
+        return self._drawn if self._arrays is None else self._arrays
+
+    @property
+    def known_rows(self) -> int | None:
+        """`rows_per_batch` of arrays, None of what is drawn."""
+        return None if self._arrays is None else self.rows_per_batch
+
+    def inspect(self, check: Callable[[Any], Any]) -> None:
+        """Let every batch that will be drawn pass through `check`, which may refuse it; arrays are `known`."""
+        self._check = check if self._arrays is None else None
 
     def shapes(self) -> Any:
         """The arrays of one batch as shapes; a batch is drawn (and, of a generator, lost) only where nothing else tells them."""
@@ -122,7 +141,8 @@ class Feed:
 
     def epoch(self) -> "Epoch":
         """The next epoch's blocks."""
-        return Epoch(self._batches.epoch(), self._fill, may_look_ahead=self._arrays is not None)
+        batches = self._batches.epoch()
+        return Epoch(map(self._check, batches) if self._check else batches, self._fill, may_look_ahead=self._arrays is not None)
 
     def find_non_finite(self) -> str:
         """In words, which rows hold NaN or infinite values; empty where there are none or the rows are not known."""
@@ -215,6 +235,11 @@ class _Buffers:
         if self._readers[turn] is not None:
             jax.block_until_ready(self._readers[turn])
         return self._turns[turn], lambda reader: self._readers.__setitem__(turn, reader)
+
+
+def plain(*parts) -> tuple:
+    """Tables that Keras does not know (polars, Arrow) as NumPy arrays, in the structures that they came in."""
+    return tuple(jax.tree.map(_plain, part, is_leaf=_is_array) for part in parts)
 
 
 def check_lengths(x, y, sample_weight) -> None:

@@ -80,7 +80,7 @@ class Dims:
     def reshape(self, dims: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """The dimensions of a row-major reshape: cut and joined where factors fit, else new ones, and the old ones fixed."""
         result: list[int] = []
-        for old, new in _groups([self._sizes[dim] for dim in dims], sizes):
+        for old, new in groups([self._sizes[dim] for dim in dims], sizes):
             result += self._regroup([dims[index] for index in old], [sizes[index] for index in new])
         return result
 
@@ -143,13 +143,13 @@ class Dims:
         return dim
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of old and new dimensions with equal products.
 
-    >>> _groups([4, 6, 5], [24, 5])
+    >>> groups([4, 6, 5], [24, 5])
     [([0, 1], [0]), ([2], [1])]
     """
-    groups: list[tuple[list[int], list[int]]] = []
+    found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
         start, begin, left, right = i, j, 1, 1
@@ -160,5 +160,5 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
                 right, j = right * new[j], j + 1
             else:
                 break
-        groups.append((list(range(start, i)), list(range(begin, j))))
-    return groups
+        found.append((list(range(start, i)), list(range(begin, j))))
+    return found

@@ -15,9 +15,36 @@ ParafitError
 A message says what happened, with which values, what was expected and how to mend it.
 """
 
+from typing import Self
+
 
 class ParafitError(Exception):
     """The root: `except parafit.errors.ParafitError` catches all of them."""
+
+    _command_line = ""
+
+    @classmethod
+    def advising(cls, what: str, *, python: str, command: str, **attributes) -> Self:
+        """An error whose advice depends on where parafit is called from.
+
+        Args:
+            what: what happened, and what was expected.
+            python: how to mend it in Python.
+            command: how to mend it on the command line.
+            **attributes: what this kind of error tells besides.
+
+        >>> error = PlanError.advising("no plan fits.", python="Pass plan='single'.", command="Pass --plan single.")
+        >>> str(error), error.command_line
+        ("no plan fits. Pass plan='single'.", 'no plan fits. Pass --plan single.')
+        """
+        error = cls(f"{what} {python}", **attributes)
+        error._command_line = f"{what} {command}"
+        return error
+
+    @property
+    def command_line(self) -> str:
+        """The message, with advice for the command line."""
+        return self._command_line or str(self)
 
 
 class BackendError(ParafitError):

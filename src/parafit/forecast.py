@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 
-from parafit import calibrate, residuals
+from parafit import calibrate, checks, residuals
 from parafit.adapt import Adapter, Step, remembered
 from parafit.candidates import SAME_NUMBERS
 from parafit.cost import price as price_of
+from parafit.data import Feed
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.layout import undivided
+from parafit.models import adapter_of
 from parafit.plan import Plan
 from parafit.planner import RUNS, refused_techniques, step_program, this_machine
 from parafit.price import Price
@@ -19,6 +21,7 @@ from parafit.program import Program
 from parafit.progress import Progress
 from parafit.search import search
 from parafit.software import Software
+from parafit.trace import shapes_of
 
 _KERNEL_DIMS = 3
 """A convolution's kernel has at least these: places, channels, filters."""
@@ -37,19 +40,20 @@ def programs(adapter: Adapter, step: Step, shapes: Callable[[], Any]) -> Callabl
     """
 
     def program() -> Program:
-        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes())
+        batch = shapes_of(shapes())
         key = ("program", jax.tree.structure(batch), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch)))
         return remembered(adapter.keeper, step, key, lambda: step_program(step, batch, adapter.model.name))
 
     return program
 
 
-def best_plan(step: Step, program: Callable[[], Program]) -> Plan:
+def best_plan(step: Step, program: Callable[[], Program], *, tell: Callable[[str], None] = print) -> Plan:
     """What "auto" means: the fastest plan of this machine that fits and is predicted to be worth it; else one device.
 
     Args:
         step: what is to run.
         program: gives its program.
+        tell: is told why no plan could be made.
 
     Raises:
         PlanError: no plan fits into memory.
@@ -60,7 +64,7 @@ def best_plan(step: Step, program: Callable[[], Program]) -> Plan:
     try:
         traced = program()
     except (ModelError, ProgramError) as error:
-        print(f"parafit: one device, for no plan could be made: {error}")
+        tell(f"parafit: one device, for no plan could be made: {error}")
         return Plan()
     alone = price_of(traced, Plan(), machine)
     fits = alone.peak_bytes <= machine.device.memory_bytes
@@ -69,8 +73,21 @@ def best_plan(step: Step, program: Callable[[], Program]) -> Plan:
     try:
         ranking = search(traced, machine, allow=(RUNS & SAME_NUMBERS) - refused_techniques(step))
     except PlanError as error:
-        raise PlanError(f"{error} plan='single' runs it on one device all the same, as far as its memory goes.") from error
+        rest = "runs it on one device all the same, as far as its memory goes."
+        raise PlanError.advising(str(error), python=f"plan='single' {rest}", command=f"--plan single {rest}") from error
     return Plan() if fits and alone.seconds < WORTH * ranking.best.cost.seconds else ranking.plan
+
+
+def plan_for(model: Any, x: Any, y: Any, *, batch_size: int, plan: Plan | str) -> Plan:
+    """The plan that `fit` would run with these arguments, the model built as `fit` would build it.
+
+    Args and errors are those of `fit`.
+    """
+    adapter = adapter_of(model, "fit")
+    feed = Feed(x, y, batch_size=batch_size, shuffle=True)
+    checks.build(adapter, feed, "fit")
+    step = adapter.train_step()
+    return best_plan(step, programs(adapter, step, feed.shapes)) if plan == "auto" else Plan.read(plan)
 
 
 def multiply_adds(step: Step, program: Callable[[], Program], rows: int) -> float:

@@ -1,4 +1,4 @@
-"""What a step held is kept for the next step: the C library's heap, told not to return large blocks to the system.
+"""What a step held is kept for the next step: the C library's heap, told not to return large blocks to the system. For XLA:CPU only.
 
 XLA:CPU takes the memory for a program's temporaries anew at every dispatch. glibc maps blocks of more than 32 MiB into the process and
 unmaps them when they are freed, so that the system clears and maps every page of them again, at each dispatch: a third of the step of a
@@ -6,18 +6,21 @@ transformer of 100 MiB. Blocks of the heap proper are used again as they are.
 
 Compiling leaves thousands of gaps in the heap. Whoever asks for memory walks through them under the heap's one lock while other threads
 wait, so parafit takes them up until the next program is compiled.
+
+All of this was measured with XLA:CPU, whose arrays lie in the heap; where JAX computes elsewhere, the heap is left alone.
 """
 
 import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h
-_MOST, _USUAL_MAPPED, _USUAL_TRIM = 2**31 - 1, 65536, 1 << 26
-"""What there is to set; what glibc sets itself: 65,536 blocks may be mapped, and twice 32 MiB of free memory is given back."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # malloc.h
+_MOST, _USUAL_MAPPED, _USUAL_LARGE = 2**31 - 1, 65536, 1 << 25
+"""What there is to set; what glibc comes to itself in a process that frees large blocks: 65,536 of 32 MiB or more may be mapped, and twice
+32 MiB of free memory is given back."""
 
 _GAPS = (1 << 20, 1 << 17, 1 << 14)
 """Sizes of the blocks that take up gaps, in bytes, in this order; what is left is too small for the walks."""
@@ -28,7 +31,11 @@ _taken: list[int] = []
 
 
 def use_one_arena() -> None:
-    """Let threads that have not yet allocated anything share the main heap, the only one that can hold large blocks."""
+    """Let threads that have not yet allocated anything share the main heap, the only one that can hold large blocks.
+
+    XLA:CPU's threads allocate when they start, so this comes before them: with parafit, where JAX will compute on the processor. glibc
+    takes the limit once, for as long as the process lives: it is the one setting that cannot be undone.
+    """
     if library := _library():
         library.mallopt(_ARENA_MAX, 1)
 
@@ -42,11 +49,8 @@ def keeps_memory() -> Iterator[None]:
     >>> with keeps_memory():
     ...     block = bytearray(1 << 26)
     """
-    _change(1)
-    try:
+    with _counted(_change):
         yield
-    finally:
-        _change(-1)
 
 
 @contextmanager
@@ -59,11 +63,27 @@ def takes_up_gaps() -> Iterator[None]:
     ...     blocks = [bytearray(1 << 15) for _ in range(100)]
     ...     del blocks[::2]
     """
-    _compile(1)
+    with _counted(_compile):
+        yield
+
+
+@contextmanager
+def _counted(change: Callable[[int], None]) -> Iterator[None]:
+    if not _holds_arrays():
+        yield
+        return
+    change(1)
     try:
         yield
     finally:
-        _compile(-1)
+        change(-1)
+
+
+def _holds_arrays() -> bool:
+    """Whether JAX computes on the processor."""
+    import jax
+
+    return jax.default_backend() == "cpu"
 
 
 def _compile(by: int) -> None:
@@ -100,7 +120,8 @@ def _change(by: int) -> None:
         before, _runs = _runs, _runs + by
         if (library := _library()) and not (before and _runs):
             library.mallopt(_MMAP_MAX, 0 if _runs else _USUAL_MAPPED)
-            library.mallopt(_TRIM_THRESHOLD, _MOST if _runs else _USUAL_TRIM)
+            library.mallopt(_TRIM_THRESHOLD, _MOST if _runs else 2 * _USUAL_LARGE)
+            library.mallopt(_MMAP_THRESHOLD, _USUAL_LARGE)  # glibc ends its own search for it when either is set
 
 
 @functools.cache

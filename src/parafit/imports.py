@@ -1,8 +1,10 @@
-"""What makes importing Keras faster."""
+"""What happens when JAX and Keras are imported."""
 
 import sys
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from importlib.util import LazyLoader
+from types import ModuleType
 
 _DEFERRED = {f"{package}.{part}" for package in ("keras", "keras.src", "keras._tf_keras.keras") for part in ("visualization", "wrappers")}
 
@@ -25,3 +27,35 @@ class _Deferring:
         if spec is not None and spec.loader is not None:
             spec.loader = LazyLoader(spec.loader)
         return spec
+
+
+def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Call `then` with a package when it has been imported, at once if it is."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Following(name, then))
+
+
+class _Following:
+    """A finder that does something when one package has been imported, once."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]):
+        self._name, self._then = name, then
+
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name == self._name else None
+        if spec is not None and spec.loader is not None:
+            self._follow(spec.loader)
+        return spec
+
+    def _follow(self, loader) -> None:
+        load = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self._then(module)
+
+        loader.exec_module = exec_module

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from parafit.arguments import did_you_mean
 from parafit.errors import MachineError
 from parafit.rates import rate_between
 
@@ -281,10 +282,13 @@ def _read(name: str | Path) -> dict[str, Any]:
     try:
         content = _parse(path.read_text(encoding="utf-8"), str(name))
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.json")))
-        raise MachineError(
-            f"cannot read machine {str(name)!r} ({error}). Presets are {known}; any other name is the path of a .json file."
-        ) from error
+        known = sorted(preset.stem for preset in PRESETS.glob("*.json"))
+        if path.parent == PRESETS:
+            raise MachineError(
+                f"there is no machine {str(name)!r}.{did_you_mean(str(name), known)} Presets are {', '.join(known)}; any other name is the "
+                "path of a .json file."
+            ) from error
+        raise MachineError(f"cannot read machine {str(name)!r}: {error}. Presets are {', '.join(known)}.") from error
     return _merge(_read(content.pop("like")), content) if "like" in content else content
 
 
@@ -307,7 +311,9 @@ def _bandwidth(text: str, networks) -> dict[str, Any]:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gb", text)
     if not match:
         known = f" or one of {', '.join(networks)}" if networks else ""
-        raise MachineError(f"network={text!r}: expected gigabits per second for each device such as '400Gb'{known}.")
+        raise MachineError(
+            f"network={text!r}: expected gigabits per second for each device such as '400Gb'{known}.{did_you_mean(text, networks)}"
+        )
     return {"value": float(match[1]) * 1e9 / 8, "source": f"asked for: {text} for each device"}
 
 

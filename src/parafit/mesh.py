@@ -43,8 +43,7 @@ class Placement:
 
     One device: everything lives on JAX's default device and nothing is constrained. Otherwise parameters and what is shaped
     like them live as the layout says, other state is whole on every device, and the batch dim of every array is split over
-    the axis that the plan maps it to; a batch that the axis does not divide is split unevenly inside the program, which
-    leaves the numbers as they are.
+    the axis that the plan maps it to; a batch that the axis does not divide is whole on every device.
 
     Args:
         plan: the plan to run.
@@ -61,9 +60,11 @@ class Placement:
         _check_runs(self.plan)
         wanted, there = self.plan.device_count, jax.device_count()
         if wanted > there:
-            raise PlanError(
+            raise PlanError.advising(
                 f"plan {self.plan.short()!r} wants {wanted} devices, but there are {there} ({jax.default_backend()}). "
-                f"Choose a smaller plan, or, to simulate devices on CPU, call jax.config.update('jax_num_cpu_devices', {wanted}) first."
+                "Choose a smaller plan, or, to simulate devices on CPU,",
+                python=f"call jax.config.update('jax_num_cpu_devices', {wanted}) first.",
+                command=f"set JAX_NUM_CPU_DEVICES={wanted} in the environment.",
             )
 
     @cached_property
@@ -95,11 +96,17 @@ class Placement:
         return jax.tree.map(lambda array: self.block(array.shape), arrays)
 
     def split_batch(self, batch: Any) -> Any:
-        """Inside a program: split arrays of shape (batch, ...) over the devices."""
+        """Inside a program: split arrays of shape (batch, ...) over the devices, where these divide the batch."""
         if self.mesh is None:
             return batch
-        split = NamedSharding(self.mesh, PartitionSpec(self._batch_axes))
-        return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, split) if array.ndim else array, batch)
+        return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.batch(array.shape)), batch)
+
+    def batch(self, shape: tuple[int, ...]) -> NamedSharding | None:
+        """Where an array of shape (batch, ...) is while a step reads it."""
+        if self.mesh is None:
+            return None
+        divides = bool(shape) and shape[0] % self.batch_parts == 0
+        return NamedSharding(self.mesh, PartitionSpec(self._batch_axes)) if divides else self.replicated
 
     def stored(self, owner: Owner, array: Any) -> NamedSharding | None:
         """Where an array of the state rests between steps."""

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from parafit.arguments import did_you_mean
 from parafit.errors import ModelError
 from parafit.program import Operation, Program, Tensor
 
@@ -119,11 +120,13 @@ def named(name: str, *, batch: int = 1, **changes: Any) -> Program:
     """
     family, _, size = name.partition(":")
     if family not in FAMILIES:
-        raise ModelError(f"no network is called {name!r}: expected one of {', '.join(MODELS)}, or {', '.join(FAMILIES)} with sizes.")
+        hint = did_you_mean(name, MODELS)
+        raise ModelError(f"no network is called {name!r}.{hint} Expected one of {', '.join(MODELS)}, or {', '.join(FAMILIES)} with sizes.")
     shape = MODELS.get(name) or _sizes(name, size)
     known = set(Transformer.__dataclass_fields__)
     if unknown := sorted((set(shape) | set(changes)) - known):
-        raise ModelError(f"network {name!r} has no {', '.join(unknown)}: its sizes are {', '.join(sorted(known))}.")
+        hint = did_you_mean(unknown[0], known)
+        raise ModelError(f"network {name!r} has no {', '.join(unknown)}.{hint} Its sizes are {', '.join(sorted(known))}.")
     try:
         fields: dict[str, Any] = FAMILIES[family] | shape | {"batch": batch} | changes
         return transformer(Transformer(**fields), name=name)
@@ -159,7 +162,8 @@ def _sizes(name: str, text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(equals and re.fullmatch(r"\d+", value) for _, equals, value in pairs):
         raise ModelError(
-            f"cannot read {name!r}: expected one of {', '.join(MODELS)}, or sizes such as 'gpt:layers=48,hidden=8192,heads=64'."
+            f"cannot read {name!r}.{did_you_mean(name, MODELS)} Expected one of {', '.join(MODELS)}, or sizes such as "
+            "'gpt:layers=48,hidden=8192,heads=64'."
         )
     return {key.strip(): int(value) for key, _, value in pairs}
 

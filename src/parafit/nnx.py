@@ -13,6 +13,7 @@ from flax import nnx
 from parafit.adapt import Parts, Step
 from parafit.compat import unpack
 from parafit.errors import ModelError
+from parafit.nnx_checks import check_rows, sizes_of, try_out
 from parafit.program import Program
 from parafit.trace import trace, tree_leaves
 from parafit.walk import Leaf
@@ -57,6 +58,7 @@ class Trainable:
         self.optimizer: Any = _optimizer(module, optimizer)
         self.name = name or type(module).__name__.lower()
         self.measures: dict[str, nnx.Variable] = {}
+        self.tried: set = set()
 
     def reset_metrics(self) -> None:
         """Start the means of a new epoch."""
@@ -106,16 +108,40 @@ class FlaxModel:
         """Modules always run in chunks."""
         return None
 
+    def check(self, feed: Any, verb: str) -> bool:
+        """Try the module, or its loss, on shapes of batches that it has not met yet; see `parafit.checks.check`."""
+        feed.inspect(lambda batch: self._try_out(batch, verb) or batch)
+        if feed.knows_shapes:
+            self._try_out(feed.shapes(), verb)
+        return feed.knows_shapes
+
+    def _try_out(self, batch: Any, verb: str) -> None:
+        specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), batch)
+        key = verb, jax.tree.structure(specs), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(specs))
+        if key in self.model.tried:
+            return
+        weights, rest, name = self._weights.read(), self._rest.read(), self.model.name
+        if verb == "predict":
+            step = self.predict_step()
+            try_out(lambda batch: step.function(weights, (rest,), batch)[0], specs, what=f"the output of {name!r}")
+        else:
+            loss = lambda batch: self._loss(weights, (rest, [], []), batch, training=verb == "fit")  # noqa: E731
+            self._take_measures(*try_out(loss, specs, what=f"the loss of {name!r}"))
+            check_rows(lambda batch: loss(batch)[0], specs, name=name, sizes=sizes_of((weights, rest)))
+        self.model.tried.add(key)
+
     def build(self, example: Callable[[], Any]) -> None:
         """Find out what the loss measures."""
         if not self.model.measures:
-            weights, rest, batch = self._weights.read(), self._rest.read(), example()
-            value, (_, measures, *_) = jax.eval_shape(self._loss, weights, (rest, [], []), batch)
-            if value.shape:
-                raise ModelError(
-                    f"the loss of {self.model.name!r} has shape {value.shape}, and must be a scalar: take its mean over the batch."
-                )
-            names = ("rows", "loss", *sorted(measures))
+            self._try_out(example(), "fit")
+
+    def _take_measures(self, value: Any, found: tuple) -> None:
+        if value.shape:
+            raise ModelError(
+                f"the loss of {self.model.name!r} has shape {value.shape}, and must be a scalar: take its mean over the batch."
+            )
+        names = ("rows", "loss", *sorted(found[1]))
+        if not self.model.measures:
             self.model.measures = {name: nnx.Variable(jnp.zeros((), value.dtype)) for name in names}
 
     def build_layers(self, example: Callable[[], Any]) -> None:

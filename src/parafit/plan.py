@@ -2,18 +2,22 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from parafit.arguments import did_you_mean
 from parafit.errors import PlanError
 
 AXES = {"data": "batch", "tensor": "inner", "pipeline": "blocks"}
 """The mesh axes a plan may name, each with what a plan's text maps to it: the rows of the batch; "inner", which stands for
 the dims that `layout.resolve` finds once the model is known (hidden widths, heads, vocabulary); the sequence of blocks."""
+
+PRICED_ONLY = ("pipeline",)
+"""The axes that this version prices, and does not run."""
 
 STORED = ("slot", "gradient", "parameter")
 """What a `store` layout may split: ZeRO stage 1 splits the first, stage 2 the first two, stage 3 (FSDP) all three."""
@@ -21,6 +25,10 @@ STORED = ("slot", "gradient", "parameter")
 RECOMPUTE = ("none", "blocks")
 
 PRECISIONS = ("float32", "bfloat16")
+
+_CHOICES = ("zero", "store_group", "microbatches", "recompute", "precision", "interleave")
+
+_WORDS = ("auto", "single", *AXES, *_CHOICES)
 
 _FORMAT = 1
 
@@ -125,6 +133,7 @@ class Plan:
             if not equals or not value:
                 raise PlanError(
                     f"cannot read {part.strip()!r} in plan {text!r}: expected AXIS=SIZE such as 'data=8', or 'single' for one device."
+                    + did_you_mean(part.strip(), _WORDS)
                 )
             if name in fields:
                 raise PlanError(f"plan {text!r} names {name!r} twice.")
@@ -218,7 +227,7 @@ class Plan:
 
 def _check_axis(axis: str, size: int) -> None:
     if axis not in AXES:
-        raise PlanError(f"unknown axis {axis!r}: this version runs the axes {_names(AXES)}.")
+        raise PlanError(_unknown(axis, AXES))
     if not isinstance(size, int) or isinstance(size, bool) or size < 2:
         raise PlanError(
             f"axis {axis}={size!r} splits nothing: a size is a whole number of at least 2. Leave the axis out for one device ('single')."
@@ -240,12 +249,19 @@ def _check_choices(plan: Plan) -> None:
             raise PlanError(f"store_group={plan.store_group} does not divide axis {axis}={plan.axes[axis]}. Choose a number that does.")
     for name, known in (("recompute", RECOMPUTE), ("precision", PRECISIONS)):
         if getattr(plan, name) not in known:
-            raise PlanError(f"{name}={getattr(plan, name)!r}: choose one of {_names(known)}.")
+            raise PlanError(
+                f"{name}={getattr(plan, name)!r}: choose one of {_names(known)}." + did_you_mean(str(getattr(plan, name)), known)
+            )
+
+
+def _unknown(axis: str, known: Iterable[str]) -> str:
+    run, priced = (_names(name for name in AXES if (name in PRICED_ONLY) == only) for only in (False, True))
+    return f"unknown axis {axis!r}: this version runs the axes {run}, and only prices {priced}.{did_you_mean(axis, known)}"
 
 
 def _size(text: str, axis: str, size: str) -> int:
     if axis not in AXES:
-        raise PlanError(f"unknown axis {axis!r} in plan {text!r}: this version runs the axes {_names(AXES)}.")
+        raise PlanError(f"plan {text!r}: {_unknown(axis, (*AXES, *_CHOICES))}")
     return _whole(text, axis, size)
 
 

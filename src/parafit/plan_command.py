@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from parafit import residuals
+from parafit.arguments import did_you_mean
 from parafit.compare import explain
 from parafit.errors import DataError, MachineError, ModelError, OutputError
 from parafit.files import write_whole
 from parafit.machine import Machine
-from parafit.networks import FAMILIES
+from parafit.networks import FAMILIES, MODELS
 from parafit.planner import find_plan, this_machine
 from parafit.ranking import Ranking
 from parafit.report import Section, code, page, parts_plot, points_plot, scatter_plot, table
@@ -78,6 +79,8 @@ def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
         return model
     from parafit.tables import network
 
+    if not Path(model).suffix and (hint := did_you_mean(model, MODELS)):
+        raise ModelError(f"there is no network and no file {model!r}.{hint}")
     path = network.check_model_file(model)
     if path.suffix == ".keras":
         with warnings.catch_warnings():
@@ -154,7 +157,7 @@ def report_text(out: Path) -> str:
     fits = residuals.load()
     if not fits:
         where = residuals.residuals_path()
-        raise DataError(f"no fit was scored yet ({where} holds none): run parafit.fit with its progress shown (verbose=1) first.")
+        raise DataError(f"no fit was scored yet ({where} holds none): run `parafit machine --calibrate`, and then `parafit train`, first.")
     _write(out, residuals_page(fits))
     errors = sorted(abs(_error(fit)) for fit in fits)
     words = f"step time off by {statistics.median(errors):.0%} (median), {errors[-1]:.0%} (most)".replace("%", " %")

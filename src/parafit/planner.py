@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from parafit.arguments import check_arguments
 from parafit.candidates import SAME_NUMBERS
 from parafit.errors import ModelError
 from parafit.machine import Machine
@@ -12,9 +13,12 @@ from parafit.networks import named
 from parafit.plan import Plan
 from parafit.program import Program
 from parafit.search import search
+from parafit.versions import knows_memory
 
 RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
 """The techniques that this version runs; it prices others."""
+
+_FIXED = "build it with an input of fixed shape, such as keras.Input((784,))"
 
 _WHOLE_STEP = frozenset({"microbatches", "recompute"})  # need a step that can be taken apart
 
@@ -36,9 +40,9 @@ def find_plan(
 
     Args:
         model: a compiled `keras.Model`; a `parafit.nnx.Trainable`; the name of a network such as "gpt:39b"; or a `Program`.
-        x: inputs as `fit` takes them, or the shape of one row of them; None: what a Keras model says.
+        x: inputs as `fit` takes them, or the shape of one row of them; None: what a Keras model says. A few rows do: they tell shapes.
         y: targets as `fit` takes them; None: what the model's outputs and loss ask for.
-        batch_size: rows of one step over all devices together; 32 for a Keras model if not given.
+        batch_size: rows of one step over all devices together; 32 if not given, or as many as a dataset yields.
         machine: a `Machine`, or the name of a preset such as "h100x8"; None: the machine that this runs on.
         goal: "time", "memory" or "cost", as in `search`.
         max_bytes: what a device may hold; default: its memory.
@@ -52,11 +56,13 @@ def find_plan(
         ModelError: a model that is not compiled or cannot be traced, or a network that parafit does not know.
         MachineError: no such preset.
         PlanError: an unknown goal or technique, or no plan fits into memory.
+        DataError: x and y do not fit the model, as in `fit`.
 
     >>> plan = find_plan("gpt:1.3b", batch_size=64, machine="h100x8")
     >>> plan.device_count
     8
     """
+    check_arguments(batch_size=batch_size)
     program, refused = _program(model, x, y, batch_size, here=machine is None)
     if allow is None:
         allow = (RUNS & SAME_NUMBERS if machine is None else SAME_NUMBERS) - refused
@@ -101,21 +107,19 @@ def keras_program(
     """
     import jax
 
+    from parafit import checks
     from parafit.data import Feed
     from parafit.models import adapter_of
 
     adapter = adapter_of(model, "fit")
     model = adapter.model
-    rows = batch_size or 32
     if x is None or _is_shape(x):
         x, y = _example(model, x)
-        feed = Feed(x, y, batch_size=2)
-        adapter.build(feed.example)
-        shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype), feed.shapes())
-    else:
-        feed = Feed(x, y, batch_size=batch_size)
-        adapter.build(feed.example)
-        shapes = feed.shapes()
+    feed = Feed(x, y)
+    checks.build(adapter, feed, "fit")
+    shapes, rows = feed.shapes(), batch_size or (32 if feed.known_rows else None)
+    if rows:
+        shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype), shapes)
     step = adapter.train_step()
     return step_program(step, shapes, model.name, here=here), refused_techniques(step)
 
@@ -134,7 +138,7 @@ def step_program(step: Any, batch: Any, name: str, *, here: bool = True) -> Prog
     from parafit.rewrite import rewrite_jaxpr
     from parafit.trace import trace_step
 
-    lower = rewrite_jaxpr if here and jax.default_backend() == "cpu" else None
+    lower = rewrite_jaxpr if here and jax.default_backend() == "cpu" and knows_memory() else None
     state, fixed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (step.read(), step.read_fixed()))
     program = trace_step(step, state, batch, fixed=fixed, name=name, lower=lower)
     if not step.parts:
@@ -181,8 +185,10 @@ def _example(model: Any, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
         _check_known(model, inputs)
         x = jax.tree.map(lambda spec: np.zeros((2, *spec.shape[1:]), spec.dtype), inputs)
     else:
-        raise ModelError(
-            f"model {model.name!r} does not say what it reads: pass the shape of one row of x such as (784,), or x and y themselves."
+        raise ModelError.advising(
+            f"model {model.name!r} does not say what it reads:",
+            python="pass the shape of one row of x such as (784,), or x and y themselves.",
+            command=f"{_FIXED}.",
         )
     outputs = model.compute_output_shape(jax.tree.map(np.shape, x, is_leaf=lambda part: isinstance(part, np.ndarray)))
     return x, _targets(outputs, model.loss)
@@ -196,8 +202,10 @@ def _input_structure(model: Any) -> Any:
 def _check_known(model: Any, inputs: Any) -> None:
     for spec in inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, list) else [inputs]:
         if None in spec.shape[1:]:
-            raise ModelError(
-                f"model {model.name!r} reads rows of any length {tuple(spec.shape)}: pass the shape of one row of x, or x and y themselves."
+            raise ModelError.advising(
+                f"model {model.name!r} reads rows of any length {tuple(spec.shape)}:",
+                python="pass the shape of one row of x, or x and y themselves.",
+                command=f"{_FIXED}.",
             )
 
 

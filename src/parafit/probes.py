@@ -15,7 +15,7 @@ from jax import lax
 
 from parafit.measured import FAR_STACK_BYTES, NEAR_STACK_BYTES
 from parafit.rewrite import rewrite
-from parafit.schedule import compiler_options
+from parafit.schedule import compiled, compiler_options
 
 _BURST_SECONDS = 4e-3
 
@@ -62,15 +62,17 @@ class Probe:
 
     def compile(self) -> None:
         """Make the loop."""
-        options = compiler_options(jax.make_jaxpr(self.body)(self.carry), seldom=self.called)
-        body = rewrite(self.body)
+        options, body = {}, self.body
+        if jax.default_backend() == "cpu":  # as steps are compiled
+            options = compiler_options(jax.make_jaxpr(body)(self.carry), seldom=self.called)
+            body = rewrite(body)
 
         def loop(carry, count):
             return lax.fori_loop(0, count, lambda _, carry: body(carry), carry)
 
         with jax.enable_x64(self.kind == "float64"):  # whatever this process computes in
             self.carry = jax.device_put(self.carry)
-            self._loop = jax.jit(loop, donate_argnums=0).lower(self.carry, np.int32(1)).compile(compiler_options=options)
+            self._loop = compiled(jax.jit(loop, donate_argnums=0).lower(self.carry, np.int32(1)), options)
 
     def time(self) -> None:
         """Run the loop for a few milliseconds, once one turn has brought its arrays as near as a step of training finds them."""

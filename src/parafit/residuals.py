@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parafit.cluster import cache_directory
-from parafit.files import write_whole
+from parafit.files import locked, private_folder, write_whole
 
 MOST_BYTES = 1 << 20
 """A larger file is cut to the newer half of its records."""
@@ -60,17 +60,23 @@ def residuals_path() -> Path:
 def append(residual: Residual, path: Path | None = None) -> None:
     """Keep one more residual; the oldest are dropped when the file becomes too large."""
     path = path or residuals_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     line = (json.dumps(asdict(residual)) + "\n").encode()
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    with locked(path):
+        size = _append(path, line)
+        if size > MOST_BYTES:
+            _halve(path)
+
+
+def _append(path: Path, line: bytes) -> int:
+    """Add a line in one write, a new one where the last was cut off; gives the bytes of the file."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         size = os.fstat(file).st_size
         torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-        os.write(file, b"\n" * torn + line)
+        return size + os.write(file, b"\n" * torn + line)
     finally:
         os.close(file)
-    if size + len(line) > MOST_BYTES:
-        _halve(path)
 
 
 def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
@@ -128,6 +134,6 @@ def _parse(line: str) -> Residual | None:
 
 
 def _halve(path: Path) -> None:
-    """Keep the newer half, in one step; what another process appends at that very moment may be lost."""
+    """Keep the newer half, in one step."""
     lines = path.read_bytes().splitlines(keepends=True)
-    write_whole(path, b"".join(lines[len(lines) // 2 :]))
+    write_whole(path, b"".join(lines[len(lines) // 2 :]), mode=0o600)

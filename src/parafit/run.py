@@ -165,9 +165,11 @@ def _bad_loss(epoch: int, step: int, loss: float, seconds: float, found: str) ->
     causes = found or (
         "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
     )
-    return NonFiniteLossError(
+    return NonFiniteLossError.advising(
         f"the loss became {loss} in epoch {epoch + 1} at step {step + 1}. Training stopped; the model holds its last good weights, from "
-        f"{seconds:.1f} s before. {causes} To end training without an error, pass keras.callbacks.TerminateOnNaN().",
+        f"{seconds:.1f} s before. {causes}",
+        python="To end training without an error, pass keras.callbacks.TerminateOnNaN().",
+        command="Give a network of your own, with other settings, by --model.",
         epoch=epoch,
         step=step,
         value=loss,

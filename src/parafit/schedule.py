@@ -56,6 +56,41 @@ def saves_memory(closed: ClosedJaxpr) -> bool:
     return "random_bits" in names and "conv_general_dilated" not in names
 
 
+def compiled(lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stages.Compiled:
+    """A program compiled with those of the options that this jaxlib takes: they change how fast it is, not what it computes.
+
+    jaxlib 0.12 refuses `xla_cpu_use_fusion_emitters`, for one. An option that was refused is not tried again.
+
+    Args:
+        lowered: the program.
+        options: for the compiler.
+
+    >>> program = compiled(jax.jit(lambda x: x + 1).lower(1.0), {"xla_no_such_option": True})
+    >>> float(program(1.0))
+    2.0
+    """
+    try:
+        return lowered.compile({name: value for name, value in options.items() if (name, value) not in _REFUSED})
+    except jax.errors.JaxRuntimeError:
+        refused = {option for option in options.items() if _is_refused(option)}
+        if refused <= _REFUSED:
+            raise
+        _REFUSED.update(refused)
+        return compiled(lowered, options)
+
+
+_REFUSED: set[tuple[str, str | bool]] = set()
+
+
+def _is_refused(option: tuple[str, str | bool]) -> bool:
+    """Whether the smallest program cannot be compiled with it."""
+    try:
+        jax.jit(lambda: 0).lower().compile(dict([option]))
+    except jax.errors.JaxRuntimeError:
+        return True
+    return False
+
+
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
     """Those of a jaxpr, at every depth."""
     for equation in jaxpr.eqns:

@@ -34,6 +34,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from parafit.arguments import did_you_mean
 from parafit.candidates import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
 from parafit.errors import PlanError
 from parafit.limits import held_back
@@ -106,12 +107,15 @@ def search(
 
 def _check(goal: str, max_bytes: float | None, allow: Iterable[str] | None) -> frozenset[str]:
     if goal not in GOALS:
-        raise PlanError(f"goal={goal!r}: choose one of {', '.join(GOALS)}.")
+        raise PlanError(f"goal={goal!r}: choose one of {', '.join(GOALS)}." + did_you_mean(goal, GOALS))
     if max_bytes is not None and not max_bytes > 0:
         raise PlanError(f"max_bytes={max_bytes!r}: expected a number of bytes above 0.")
     allowed = SAME_NUMBERS if allow is None else frozenset([allow] if isinstance(allow, str) else allow)
     if unknown := sorted(allowed - set(TECHNIQUES)):
-        raise PlanError(f"allow names {unknown[0]!r}, which parafit does not know: choose from {', '.join(TECHNIQUES)}.")
+        raise PlanError(
+            f"allow names {unknown[0]!r}, which parafit does not know: choose from {', '.join(TECHNIQUES)}."
+            + did_you_mean(unknown[0], TECHNIQUES)
+        )
     return allowed
 
 

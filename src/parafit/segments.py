@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
+from parafit.versions import BARRIERS_HOLD_SINCE, jaxlib_version
+
 _MOST_TRIED = 64
 
 
@@ -54,11 +56,12 @@ def _run(closed: ClosedJaxpr, cuts: Sequence[int], arguments: Sequence[Any], wei
 
 def _recomputed(segment: Callable, moving: set[int]) -> Callable:
     """`segment`, that keeps only its inputs for its backward pass; `moving` are those inputs that are not weights."""
-    return _recomputed_in_loop(segment, moving) if jax.default_backend() == "cpu" else jax.checkpoint(segment)
+    drops_barriers = jax.default_backend() == "cpu" and jaxlib_version() < BARRIERS_HOLD_SINCE
+    return _recomputed_in_loop(segment, moving) if drops_barriers else jax.checkpoint(segment)
 
 
 def _recomputed_in_loop(segment: Callable, moving: set[int]) -> Callable:
-    """The same for XLA:CPU, which drops the barriers of `jax.checkpoint` and merges what is computed twice (JAX 0.10).
+    """The same for an XLA:CPU that drops the barriers of `jax.checkpoint` and merges what is computed twice (JAX 0.10.0 to 0.11.0).
 
     A loop it can neither merge nor move before the gradients that enter it. That it runs once, and that its inputs do not change
     with its turns, is hidden from the compiler; should it run twice, because a gradient is NaN, the result is the same.

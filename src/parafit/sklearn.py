@@ -52,7 +52,7 @@ class _CompiledTraining(BaseMultilayerPerceptron):
         incremental = scratch[-1]
         if incremental and self.early_stopping:
             raise ValueError("partial_fit does not support early_stopping=True")
-        placement = Placement(Plan.read(self.plan))
+        placement = _placement(self.plan)
         if not incremental or not hasattr(self, "_optimizer"):
             self._optimizer = self._new_optimizer()
         rows, held_out = self._hold_out(X, y, sample_weight)
@@ -137,7 +137,7 @@ class _CompiledTraining(BaseMultilayerPerceptron):
         return min(self.batch_size, row_count)
 
     def _fit_lbfgs(self, X, y, sample_weight, *scratch):
-        placement = Placement(Plan.read(self.plan))
+        placement = _placement(self.plan)
         if not issparse(X):
             _check_split(placement.plan, len(y))
             weights = np.ones(len(y)) if sample_weight is None else sample_weight
@@ -153,7 +153,7 @@ class _CompiledTraining(BaseMultilayerPerceptron):
         if issparse(X):
             return super()._loss_grad_lbfgs(packed, X, y, sample_weight, *scratch)
         with jax.enable_x64(True):
-            loss, gradient = run_full_batch(Network.of(self), Placement(Plan.read(self.plan)), packed, X, self.alpha)
+            loss, gradient = run_full_batch(Network.of(self), _placement(self.plan), packed, X, self.alpha)
         return float(loss), np.array(gradient)
 
 
@@ -298,6 +298,18 @@ class MLPRegressor(_CompiledTraining, neural_network.MLPRegressor):
         parameters = {name: value for name, value in locals().items() if name not in ("self", "plan", "__class__")}
         super().__init__(**parameters)
         self.plan = plan
+
+
+def _placement(plan: Plan | str | Path) -> Placement:
+    """The devices of a plan that does nothing but split batches."""
+    placement = Placement(Plan.read(plan))
+    wanted = placement.plan
+    if wanted != Plan.parse(f"data={wanted.device_count}" if wanted.device_count > 1 else "single"):
+        raise PlanError(
+            f"plan {wanted.short()!r}: these estimators run on one device, or split each batch over several. "
+            "Use plan='single', or one such as 'data=8'."
+        )
+    return placement
 
 
 def _check_split(plan: Plan, batch_size: int) -> None:

@@ -52,17 +52,29 @@ def _check_parts(step: Step, parts: Parts, batch: Any, plan: str) -> None:
     reason = parts.couples
     if not reason and "random_bits" in str(jax.make_jaxpr(loss)(batch)):
         reason = "it draws random numbers for all rows of a batch at a time"
+    if not reason and len(lengths := sorted({leaf.shape[:1] for leaf in jax.tree.leaves(batch)})) > 1:
+        reason = f"its arrays have different numbers of rows ({', '.join(str(*length) or 'none' for length in lengths)})"
     if not reason:
-        rows = jax.tree.map(_two_rows, batch)
-        both, *each = (float(loss(part)) for part in (rows, _row(rows, 0), _row(rows, 1)))
-        if not math.isclose(both, sum(each) / 2, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
-            told = f"the loss of two rows is {both:.6g}, and the mean of their losses {sum(each) / 2:.6g}"
-            reason = f"{told}: it sums over the batch, or ties its rows"
+        reason = _why_not_mean(loss, batch)
     if reason:
         raise PlanError(
             f"plan {plan!r}: a batch of this model cannot be cut into microbatches: {reason}. Leave microbatches out of the plan; "
             "recompute=blocks and zero= save memory as well."
         )
+
+
+def _why_not_mean(loss: Callable, batch: Any) -> str:
+    """Why the loss of a batch is not the mean of the losses of its parts, by two rows; "" where it is."""
+    rows = jax.tree.map(_two_rows, batch)
+    try:
+        both, *each = (float(loss(part)) for part in (rows, _row(rows, 0), _row(rows, 1)))
+    except (TypeError, ValueError) as error:
+        size = next(leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape)
+        return f"it takes {size} rows only ({(str(error).splitlines() or [''])[0].rstrip('.')})"
+    if math.isclose(both, sum(each) / 2, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
+        return ""
+    told = f"the loss of two rows is {both:.6g}, and the mean of their losses {sum(each) / 2:.6g}"
+    return f"{told}: it sums over the batch, or ties its rows"
 
 
 def _two_rows(leaf: Any) -> Any:
@@ -106,7 +118,7 @@ def _gradients(loss: Callable, measure: Callable) -> Callable:
 def accumulate(gradients_of: Callable, placement: Placement) -> Callable:
     """`gradients_of` run on microbatches one after the other: gradients are those of the mean loss over the whole batch.
 
-    A batch that the devices and microbatches do not divide is cut into equal parts and a smaller last one.
+    A batch that the devices and microbatches do not divide is cut into equal parts and a smaller last one; no part is split unevenly.
     """
 
     def accumulated(weights, state, batch):
@@ -140,13 +152,15 @@ def _rows(batch: Any) -> int:
 def _cut(batch: Any, rows: int, placement: Placement) -> tuple[Any, Any]:
     """Microbatches stacked along a new first dimension, and the rows that are left, None where there are none.
 
-    Where everything divides, each device cuts its own share of the batch, so that no rows move.
+    Where everything divides, each device cuts its own share of the batch, so that no rows move. Elsewhere the microbatches are as large
+    as divides over the devices, and what is left over is a smaller one, whole on every device where it has to be.
     """
     devices, count = placement.batch_parts, placement.plan.microbatches
     if rows % (devices * count) == 0:
         shape = (devices, count, rows // (devices * count))
         return jax.tree.map(lambda array: _own_shares(array, shape), batch), None
-    size = -(-rows // count)
+    size = -(-rows // (devices * count)) * devices
+    size = size if size <= rows else -(-rows // count)
     whole = rows // size
     batch = placement.replicate(batch)
     parts = jax.tree.map(lambda array: array[: whole * size].reshape((whole, size, *array.shape[1:])), batch)

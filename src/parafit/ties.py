@@ -180,6 +180,23 @@ def concatenate(dims: Dims, params, inputs, shapes) -> Ties:
     return [result], []
 
 
+def stack(dims: Dims, params, inputs, shapes) -> Ties:
+    """Arrays of one shape side by side along a new dimension."""
+    one = elementwise(dims, params, inputs, [_without(shapes[0], params["axis"])])[0][0]
+    new = dims.new(len(inputs))
+    dims.fix([new])
+    return [[*one[: params["axis"]], new, *one[params["axis"] :]]], []
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def unstack(dims: Dims, params, inputs, shapes) -> Ties:
+    dims.fix([inputs[0][params["axis"]]])
+    return [[dim for place, dim in enumerate(inputs[0]) if place != params["axis"]] for _ in shapes], []
+
+
 def crop(dims: Dims, params, inputs, shapes) -> Ties:
     """Slices and pads: dimensions that keep their size are the same, the others are cut, which a split could not follow."""
     return [_keep(dims, inputs[0], shape) for shape in shapes], []

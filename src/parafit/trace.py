@@ -111,9 +111,8 @@ def trace(
     Raises:
         ModelError: the function cannot be traced.
     """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     try:
-        closed, _ = jaxpr_of(function, *shapes)
+        closed, _ = jaxpr_of(function, *shapes_of(arguments))
     except Exception as error:
         raise _untraceable(error, name) from error
     named = _named(leaves)
@@ -139,6 +138,19 @@ def jaxpr_of(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, Any]:
     """
     with jax.softmax_custom_jvp(True):
         return jax.make_jaxpr(function, return_shape=True)(*arguments)
+
+
+def shapes_of(tree: Any) -> Any:
+    """The shapes of a pytree's arrays, in the dtypes that JAX computes in: of 32 bits for 64 unless it is told otherwise.
+
+    Args:
+        tree: of arrays or `jax.ShapeDtypeStruct`s.
+
+    >>> import numpy as np
+    >>> shapes_of({"x": np.zeros((2, 3), "float16")})
+    {'x': ShapeDtypeStruct(shape=(2, 3), dtype=float16)}
+    """
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True)), tree)
 
 
 def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:

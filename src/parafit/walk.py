@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parafit.dims import Dims
+from parafit.jaxprs import Scan, While, called, opened, read_branches, read_scan, read_while
 from parafit.operations import behaviour, matmul_shape
 
 
@@ -166,6 +167,9 @@ class Walk:
             if leaf.like in held and held[leaf.like].shape == slot.shape:
                 self._tie(held[leaf.like].dims, slot.dims)
 
+    def visited(self, equation, inputs: list[Value], outputs: list[Value]) -> None:
+        """Called after every equation, at every depth: for those who look for something else than operations."""
+
     # Jaxprs within jaxprs ------------------------------------------------------------------------------------------------------------
 
     def _jaxpr(self, jaxpr, consts, inputs: list[Value], scope: str, steps: int) -> list[Value]:
@@ -174,24 +178,27 @@ class Walk:
         read = lambda var: self._literal(var) if hasattr(var, "val") else values[var]  # noqa: E731
         for equation in jaxpr.eqns:
             stack = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
-            outputs = self._equation(equation, [read(var) for var in equation.invars], stack, steps)
+            operands = [read(var) for var in equation.invars]
+            outputs = self._equation(equation, operands, stack, steps)
+            self.visited(equation, operands, outputs)
             values.update(zip(equation.outvars, outputs))
         return [read(var) for var in jaxpr.outvars]
 
     def _equation(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
-        special = {"scan": self._scan, "while": self._while, "cond": self._cond}.get(equation.primitive.name)
-        if special:
-            return special(equation, inputs, scope, steps)
-        inner = _called(equation)
-        if inner is not None:
-            return self._jaxpr(*_opened(inner), inputs, scope, steps)
+        if scan := read_scan(equation):
+            return self._scan(scan, equation.outvars, inputs, scope, steps)
+        if loop := read_while(equation):
+            return self._while(loop, inputs, scope, steps)
+        if branches := read_branches(equation):
+            return self._cond(branches, inputs, scope, steps)
+        if (inner := called(equation)) is not None:
+            return self._jaxpr(*opened(inner), inputs, scope, steps)
         return self._operation(equation, inputs, scope, steps)
 
-    def _scan(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
-        params = equation.params
-        length, fixed, carried = params["length"], params["num_consts"], params["num_carry"]
+    def _scan(self, scan: Scan, results: Sequence, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+        length, fixed, carried = scan.length, scan.fixed, scan.carried
         carry, stacked = inputs[fixed : fixed + carried], inputs[fixed + carried :]
-        body, consts = _opened(params["jaxpr"])
+        body, consts = opened(scan.body)
         time = self.dims.new(length)
         self.dims.fix([time])
         for value in stacked:
@@ -203,7 +210,7 @@ class Walk:
         slices = [self._view(value, var.aval.shape, value.dims[1:]) for var, value in zip(body.invars[fixed + carried :], stacked)]
         leaving = self._jaxpr(body, consts, [*inputs[:fixed], *map(self._view, carry), *slices], scope, steps * length)
         outputs = self._carried(carry, leaving[:carried], scope, steps * length)
-        for var, value in zip(equation.outvars[carried:], leaving[carried:]):
+        for var, value in zip(results[carried:], leaving[carried:]):
             whole = self._value(var.aval, [time, *value.dims], value.layer)
             whole.loop = self._loop
             self._keep(value, whole, scope, steps * length)
@@ -211,15 +218,14 @@ class Walk:
         self._loop = outer
         return outputs
 
-    def _while(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+    def _while(self, loop: While, inputs: list[Value], scope: str, steps: int) -> list[Value]:
         """A loop whose length the shapes do not tell counts as one step."""
-        params = equation.params
-        test, fixed = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        test, fixed = loop.test_fixed, loop.test_fixed + loop.body_fixed
         carry = inputs[fixed:]
         outer = self._enter(inputs, carry, scope, steps)
         views = [self._view(value) for value in carry]
-        self._jaxpr(*_opened(params["cond_jaxpr"]), [*inputs[:test], *views], scope, steps)
-        leaving = self._jaxpr(*_opened(params["body_jaxpr"]), [*inputs[test:fixed], *views], scope, steps)
+        self._jaxpr(*opened(loop.test), [*inputs[:test], *views], scope, steps)
+        leaving = self._jaxpr(*opened(loop.body), [*inputs[test:fixed], *views], scope, steps)
         outputs = self._carried(carry, leaving, scope, steps)
         self._loop = outer
         return outputs
@@ -265,11 +271,11 @@ class Walk:
         if place.root().producer is None and not place.root().name:
             place.root().producer = root.producer
 
-    def _cond(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
+    def _cond(self, cases: tuple, inputs: list[Value], scope: str, steps: int) -> list[Value]:
         """Dims are tied through every branch; the operations are those of the one with most FLOPs."""
         start, branches = len(self.records), []
-        for branch in equation.params["branches"]:
-            outputs = self._jaxpr(*_opened(branch), inputs[1:], scope, steps)
+        for case in cases:
+            outputs = self._jaxpr(*opened(case), inputs[1:], scope, steps)
             branches.append((self.records[start:], outputs))
             del self.records[start:]
         records, outputs = max(branches, key=lambda branch: sum(record.flops * record.steps for record in branch[0]))
@@ -439,22 +445,3 @@ def _is_again(scope: str) -> bool:
 
 
 _TRANSFORMS = {"rematted_computation", "checkpoint", "while", "body", "cond", "closed_call"}
-
-
-def _called(equation) -> Any:
-    """The jaxpr that an equation does nothing but call, None where there is none."""
-    found = [value for name, value in equation.params.items() if name in _CALLS and hasattr(getattr(value, "jaxpr", value), "eqns")]
-    if len(found) != 1:
-        return None
-    jaxpr = getattr(found[0], "jaxpr", found[0])
-    inner = [[getattr(var.aval, "shape", ()) for var in side] for side in (jaxpr.invars, jaxpr.outvars)]
-    outer = [[getattr(var.aval, "shape", ()) for var in side] for side in (equation.invars, equation.outvars)]
-    return found[0] if inner == outer else None
-
-
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
-def _opened(jaxpr) -> tuple[Any, Any]:
-    """A jaxpr and its constants."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from parafit.rewrite.bits import choose_random_bits, choose_top_k
 from parafit.rewrite.convolutions import choose_convolution, is_kernel_gradient
 from parafit.rewrite.half import HalfProducts
+from parafit.rewrite.passes import Pass
 from parafit.rewrite.pools import choose_pool, choose_pool_gradient
 from parafit.rewrite.products import choose_dot
 from parafit.schedule import equations
@@ -79,48 +80,22 @@ def in_bfloat16(closed: ClosedJaxpr) -> ClosedJaxpr:
     return halved
 
 
-class _Rewriter:
-    """One pass; equal equations share one replacement, so that the lowered program holds it once.
+class _Rewriter(Pass):
+    """A pass that exchanges equations; equal ones share one replacement, so that the lowered program holds it once.
 
     Args:
         choosers: for primitives by name: `equation -> form`, a function of its operands to call instead, or None to keep the equation.
     """
 
     def __init__(self, choosers: dict[str, Callable[[JaxprEqn], Callable | None]]):
+        super().__init__()
         self.choosers = choosers
-        self.rewritten: dict[int, tuple[Jaxpr, Jaxpr]] = {}
         self.replacements: dict[Any, JaxprEqn] = {}
 
-    def closed(self, closed: ClosedJaxpr) -> ClosedJaxpr:
-        jaxpr = self.jaxpr(closed.jaxpr)
-        return closed if jaxpr is closed.jaxpr else ClosedJaxpr(jaxpr, closed.consts)
-
-    def jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
-        if id(jaxpr) not in self.rewritten:
-            equations = [self.equation(equation) for equation in jaxpr.eqns]
-            changed = any(new is not old for new, old in zip(equations, jaxpr.eqns))
-            self.rewritten[id(jaxpr)] = jaxpr, jaxpr.replace(eqns=equations) if changed else jaxpr
-        return self.rewritten[id(jaxpr)][1]
-
-    def equation(self, equation: JaxprEqn) -> JaxprEqn:
+    def equations(self, equation: JaxprEqn) -> list[JaxprEqn]:
         choose = self.choosers.get(equation.primitive.name)
         form = choose(equation) if choose else None
-        return self.exchanged(equation, form) if form else self.inside(equation)
-
-    def inside(self, equation: JaxprEqn) -> JaxprEqn:
-        params = {name: self.param(value) for name, value in equation.params.items()}
-        changed = any(params[name] is not value for name, value in equation.params.items())
-        return equation.replace(params=params) if changed else equation
-
-    def param(self, value: Any) -> Any:
-        if isinstance(value, ClosedJaxpr):
-            return self.closed(value)
-        if isinstance(value, Jaxpr):
-            return self.jaxpr(value)
-        if isinstance(value, tuple) and any(isinstance(item, ClosedJaxpr) for item in value):
-            items = tuple(self.param(item) for item in value)
-            return items if any(new is not old for new, old in zip(items, value)) else value
-        return value
+        return [self.exchanged(equation, form)] if form else super().equations(equation)
 
     def exchanged(self, equation: JaxprEqn, form: Callable) -> JaxprEqn:
         key = equation.primitive, tuple((var.aval.shape, var.aval.dtype) for var in equation.invars), tuple(equation.params.items())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,11 @@ def load_keras_file(path: Path) -> Any:
     """
     import keras
 
+    if not zipfile.is_zipfile(path):
+        raise ModelError(
+            f"cannot load a network from {str(path)!r}: its {path.stat().st_size:,} bytes are no .keras file, or only a part of one. "
+            "Copy it again, or save the model again with model.save."
+        )
     try:
         return keras.models.load_model(path)
     except Exception as error:  # Keras raises many kinds

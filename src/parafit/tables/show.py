@@ -29,12 +29,12 @@ class Screen:
         self.verbose = verbose
         self._console = Console(quiet=not verbose, highlight=False, soft_wrap=True)
 
-    def table_read(self, name: str, frame: "pl.DataFrame", preparation: Preparation) -> None:
+    def table_read(self, name: str, frame: "pl.DataFrame", preparation: Preparation, notes: list[str]) -> None:
         target = preparation.target
         self._print(f"table    {name}: {frame.height:,} rows, {frame.width} columns")
         self._print(f"target   {target.name}: {target.task}, {_target_words(target)}, because {target.reason}")
         other = "regression" if target.task == "classification" else "classification"
-        if "whole numbers" in target.reason:
+        if any(word in target.reason for word in ("whole number", "codes", "identifier")):
             self._print(f"         for {other}: --task {other}")
         kinds: dict[str, list[str]] = {}
         for treatment in preparation.treatments:
@@ -45,6 +45,8 @@ class Screen:
             self._print(f"dropped  {name}: {reason}")
         if len(preparation.dropped) > _MOST_LINES:
             self._print(f"dropped  and {len(preparation.dropped) - _MOST_LINES} more columns; see the report")
+        for words in [*written_words(preparation), *notes]:
+            self._print(f"note     {words}")
 
     def network(self, model: Any, settings: Settings, plan: Plan, split: "Split") -> None:
         widths = " → ".join(str(width) for width in layer_widths(model))
@@ -98,6 +100,13 @@ class Screen:
         for row in rows:
             grid.add_row(*[Text(shorten(value, 24) if isinstance(value, str) else number(value)) for value in row])
         self._console.print(grid)
+
+
+def written_words(preparation: Preparation) -> list[str]:
+    """A line for each column whose numbers or dates are written in a way of their own."""
+    columns = (*preparation.treatments, preparation.target)
+    written = ((one.name, one.writing.words()) for one in columns if hasattr(one, "writing"))
+    return [f"column {name}: read with {words}" for name, words in written if words]
 
 
 def score_rows(scores) -> list[list]:

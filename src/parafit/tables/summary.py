@@ -32,15 +32,20 @@ def page_for(result: "TableModel", name: str, inputs: Inputs, settings: Settings
         predictions: what the network says of them: probabilities, or standardised quantities.
     """
     target = result.preparation.target
-    lead = f"{target.task} of {target.name} from {name} ({len(inputs.values):,} rows), because {target.reason}"
+    lead = f"{target.task} of {target.name} from {name} ({len(inputs.values):,} rows), because {target.reason}{_target_read(target)}"
     sections = [
         Section(heading="Scores", pieces=_scores(result)),
         Section(heading="Predictions of the test rows", pieces=_test_pieces(result, codes, predictions)),
         Section(heading="Training", pieces=_curves(result)),
-        Section(heading="Columns", pieces=_columns(result, inputs)),
+        Section(heading="Columns", pieces=[*_columns(result, inputs), *map(report.text, result.notes)]),
         Section(heading="Network and plan", pieces=_network(result, settings)),
     ]
     return report.page(f"{target.name} in {name}", lead, sections)
+
+
+def _target_read(target) -> str:
+    words = target.writing.words() if target.task == "regression" else ""
+    return f"; read with {words}" if words else ""
 
 
 def _scores(result: "TableModel") -> list[str]:

@@ -1,13 +1,16 @@
 """What is predicted: a class or a quantity, inferred from the target column."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from parafit.errors import DataError
 from parafit.tables.columns import to_numbers, to_texts
+from parafit.tables.kinds import LARGEST_EXACT, MOST_BAD, Reading, as_numbers, is_identifier, recognise, recognise_column
+from parafit.tables.numbers import PLAIN, NumberWriting, parse_numbers
+from parafit.tables.rows import Rows, some_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -16,6 +19,10 @@ TASKS = ("classification", "regression")
 
 _MOST_WHOLE_NUMBER_CLASSES = 20
 _ROWS_FOR_EACH_WHOLE_NUMBER_CLASS = 10
+_ROWS_OF_A_CLASS = 5
+_LARGEST_INT64 = 2**63 - 1
+_ROWS = Rows()
+_PLAIN_WHOLE = r"^-?\d+(?:\.0*)?$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +32,7 @@ class Classes:
     Args:
         name: the target column.
         labels: the classes, in the order of the network's outputs.
-        values: "text", "whole number" or "boolean": what a predicted label is written as.
+        values: "text", "whole number", "number" or "boolean": what a predicted label is written as.
         reason: why this target was taken for classes.
     """
 
@@ -47,8 +54,7 @@ class Classes:
         import polars as pl
 
         places = {label: place for place, label in enumerate(self.labels)}
-        texts = to_texts(to_numbers(series) if self.values == "whole number" else series)
-        return texts.replace_strict(places, return_dtype=pl.Int32).to_numpy()
+        return _to_labels(series, self.values).replace_strict(places, return_dtype=pl.Int32).to_numpy()
 
     def decode(self, outputs: np.ndarray) -> "pl.DataFrame":
         """The columns `prediction` and `probability_…` from probabilities of shape (rows, classes)."""
@@ -56,7 +62,9 @@ class Classes:
 
         labels = pl.Series("prediction", self.labels)
         if self.values == "whole number":
-            labels = labels.cast(pl.Int64)
+            labels = labels.cast(pl.UInt64 if max(map(int, self.labels)) > _LARGEST_INT64 else pl.Int64)
+        elif self.values == "number":
+            labels = labels.cast(pl.Float64)
         elif self.values == "boolean":
             labels = labels == "true"
         chosen = labels.alias("prediction").gather(outputs.argmax(axis=1))
@@ -73,10 +81,11 @@ class Quantity:
     mean: float
     scale: float
     reason: str
+    writing: NumberWriting = PLAIN
 
     def encode(self, series: "pl.Series") -> np.ndarray:
         """Standardised values: float32 of shape (rows, 1)."""
-        return ((to_numbers(series).to_numpy() - self.mean) / self.scale).astype(np.float32)[:, None]
+        return ((_to_quantities(series, self.writing).to_numpy() - self.mean) / self.scale).astype(np.float32)[:, None]
 
     def decode(self, outputs: np.ndarray) -> "pl.DataFrame":
         """The column `prediction`, in the target's own units, from outputs of shape (rows, 1)."""
@@ -88,45 +97,71 @@ class Quantity:
 Target = Classes | Quantity
 
 
-def infer_task(series: "pl.Series", task: str | None = None) -> tuple[str, str]:
-    """The task that the target column asks for and the reason; `task` settles it.
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a target column asks for.
+
+    Args:
+        task: "classification" or "regression".
+        reason: why.
+        values: as in `Classes`, or "number" for a quantity.
+        writing: how a quantity is written.
+        rows: the rows (indices) with a target, the ones to learn from.
+        bad: the rows with one that cannot be read among numbers.
+    """
+
+    task: str
+    reason: str
+    values: str
+    writing: NumberWriting = PLAIN
+    rows: np.ndarray
+    bad: np.ndarray
+
+
+def judge_target(series: "pl.Series", task: str | None = None, rows: Rows = _ROWS, table: "pl.DataFrame | None" = None) -> Judgement:
+    """The task that the target column asks for, the reason, and the rows that can be learnt from; `task` settles it.
+
+    Args:
+        series: the column, of a frame that `read_table` gave.
+        task: "classification" or "regression"; inferred if not given.
+        rows: where the column's rows stand.
+        table: the column's table, which decides what the column leaves open of how its numbers are written.
 
     Raises:
-        DataError: missing or infinite values, fewer than two classes or values, text without repetition, or a type that is
-            neither.
+        DataError: too many values that cannot be read, fewer than two classes or values, text without repetition, dates, or
+            a type that is neither number, text nor boolean.
 
     >>> import polars as pl
-    >>> infer_task(pl.Series("species", ["seal", "whale"] * 10))
-    ('classification', 'the target is text')
+    >>> judge_target(pl.Series("species", ["seal", "whale"] * 10)).reason
+    'the target is text'
     """
-    _check_complete(series)
-    numbers = _as_numbers(series)
     if task is not None and task not in TASKS:
         raise DataError(f"unknown task {task!r}: expected {' or '.join(map(repr, TASKS))}.")
-    if numbers is None:
-        if task == "regression":
-            raise DataError(f"target {series.name!r} holds text such as {series[0]!r}: regression needs a number in each row.")
-        task, reason = "classification", _reason_not_numeric(series)
-    elif task is None:
-        task, reason = _judge_numbers(numbers)
-    else:
-        reason = "asked for"
-    _check_varies(series, task)
-    return task, reason
+    reading = _read(series, task, rows, table)
+    judged = _judge_numbers(series, reading, task) if reading.kind == "number" else _judge_texts(series, reading)
+    if not len(judged.rows):
+        raise DataError(f"target {series.name!r} is missing in every row.")
+    _check_few_bad(series, judged, rows)
+    _check_varies(series[judged.rows], judged.task)
+    return judged
 
 
-def fit_target(series: "pl.Series", task: str, reason: str, training: np.ndarray) -> Target:
-    """What to predict: the labels in all rows, or mean and deviation of the `training` rows (indices)."""
-    import polars as pl
+def fit_target(series: "pl.Series", judged: Judgement, training: np.ndarray) -> Target:
+    """What to predict: the labels in all rows, or mean and deviation of the `training` rows (indices).
 
-    if task == "regression":
-        values = to_numbers(series).to_numpy()[training]
-        return Quantity(name=series.name, mean=float(values.mean()), scale=float(values.std()) or 1.0, reason=reason)
-    numbers = _as_numbers(series)
-    typed = numbers if numbers is not None and _is_whole(numbers) else series
-    labels = to_texts(typed.unique().sort())
-    values = "boolean" if series.dtype == pl.Boolean else "whole number" if typed is numbers else "text"
-    return Classes(name=series.name, labels=tuple(labels), values=values, reason=reason)
+    Args:
+        series: the target of the rows that `judged` kept.
+        judged: what it asks for.
+        training: the rows to learn from.
+    """
+    if judged.task == "regression":
+        values = _to_quantities(series, judged.writing).to_numpy()[training]
+        own = {"mean": float(values.mean()), "scale": float(values.std()) or 1.0}
+        return Quantity(name=series.name, reason=judged.reason, writing=judged.writing, **own)
+    labels = _to_labels(series, judged.values).unique().sort()
+    if judged.values in ("whole number", "number"):
+        labels = sorted(labels, key=int if judged.values == "whole number" else float)
+    return Classes(name=series.name, labels=tuple(labels), values=judged.values, reason=judged.reason)
 
 
 def to_record(target: Target) -> dict:
@@ -136,55 +171,123 @@ def to_record(target: Target) -> dict:
 
 def from_record(record: Mapping) -> Target:
     content = dict(record)
-    return {"classification": Classes, "regression": Quantity}[content.pop("task")](**content)
+    if content.pop("task") == "classification":
+        return Classes(**content)
+    return Quantity(**{**content, "writing": NumberWriting(**content["writing"])})
 
 
-def _as_numbers(series: "pl.Series") -> "pl.Series | None":
+def _to_labels(series: "pl.Series", values: str) -> "pl.Series":
+    """The label of each row, as `Classes` names them."""
     import polars as pl
 
-    if series.dtype.is_numeric():
-        return series.cast(pl.Float64)
+    if values == "whole number":
+        if series.dtype.is_float() or series.dtype.is_decimal():
+            series = series.cast(pl.Int64)
+        return series.cast(pl.String).str.strip_chars().str.replace(r"\.0*$", "")
+    return series.cast(pl.Float64).cast(pl.String) if values == "number" else to_texts(series)
+
+
+def _to_quantities(series: "pl.Series", writing: NumberWriting) -> "pl.Series":
+    import polars as pl
+
+    return parse_numbers(series, writing) if series.dtype == pl.String else to_numbers(series, writing)[0]
+
+
+def _read(series: "pl.Series", task: str | None, rows: Rows, table: "pl.DataFrame | None") -> Reading:
+    """What the target's values are: numbers, texts, booleans, or times if they are to be classes."""
+    import polars as pl
+
+    reading = recognise_column(series, rows)
+    if reading.is_open and table is not None:
+        reading = recognise(table, rows)[series.name]
+    if reading.kind == "other" or series.dtype == pl.Duration or (reading.kind == "time" and task != "classification"):
+        raise _no_target(series, reading)
+    if task is None and reading.kind == "number" and _are_codes(series):
+        return replace(reading, kind="text", values=series, reason=f"codes such as {series.drop_nulls()[0]!r}")
+    if task != "regression" or reading.kind == "number":
+        return reading
+    numbers = as_numbers(series.cast(pl.String))
+    if len(numbers.bad) > MOST_BAD * (len(series) - numbers.values.null_count() + len(numbers.bad)):
+        word = series[int(numbers.bad[0])]
+        raise DataError(f"target {series.name!r} holds text such as {word!r}: regression needs a number in each row.")
+    return numbers
+
+
+def _are_codes(series: "pl.Series") -> bool:
+    """Whether whole numbers that run into one word, 3b and 4b, are more likely classes than quantities."""
+    import polars as pl
+
+    return series.dtype == pl.String and bool(series.str.contains(r"^\s*\d+\p{L}+\s*$").all())
+
+
+def _no_target(series: "pl.Series", reading: Reading) -> DataError:
+    is_text = reading.kind == "time" and not series.dtype.is_temporal()
+    held = f"dates such as {series.drop_nulls()[0]!r}" if is_text else str(series.dtype)
+    advice = " Predict a number made from them, such as the days since a first date." if is_text or series.dtype.is_temporal() else ""
+    return DataError(f"target {series.name!r} holds {held}: expected numbers, text or booleans.{advice}")
+
+
+def _judge_numbers(series: "pl.Series", reading: Reading, task: str | None) -> Judgement:
+    numbers = reading.values.drop_nulls()
+    if not len(numbers):
+        return _judge_texts(series, reading)
+    inferred, reason = (task, "asked for") if task else _infer(numbers)
+    rows = reading.values.is_not_null().arg_true().to_numpy()
+    if inferred == "regression":
+        return Judgement(task=inferred, reason=reason, values="number", writing=reading.writing, rows=rows, bad=reading.bad)  # type: ignore[arg-type]
+    if _most_equal(series[reading.bad]) >= _ROWS_OF_A_CLASS:  # a class of its own, not a slip
+        return _judge_texts(series, replace(reading, kind="text", values=series))
+    return Judgement(task=inferred, reason=reason, values=_values_of(series[rows]), rows=rows, bad=reading.bad)
+
+
+def _judge_texts(series: "pl.Series", reading: Reading) -> Judgement:
+    import polars as pl
+
+    kind = "boolean" if series.dtype == pl.Boolean else "text"
+    reason = f"the target holds {reading.reason}" if reading.reason else f"the target is {kind}"
+    known = reading.values.is_not_null()
     if series.dtype == pl.String:
-        numbers = series.cast(pl.Float64, strict=False)
-        return None if numbers.has_nulls() else numbers
-    return None
+        known &= (series.str.strip_chars() != "").fill_null(False)
+    values = "whole number" if series.dtype.is_integer() else kind
+    rows = known.arg_true().to_numpy()
+    return Judgement(task="classification", reason=reason, values=values, rows=rows, bad=np.zeros(0, int))
 
 
-def _reason_not_numeric(series: "pl.Series") -> str:
-    import polars as pl
-
-    if series.dtype not in (pl.String, pl.Boolean):
-        raise DataError(f"target {series.name!r} holds {series.dtype}: expected numbers, text or booleans.")
-    return "the target is boolean" if series.dtype == pl.Boolean else "the target is text"
-
-
-def _judge_numbers(numbers: "pl.Series") -> tuple[str, str]:
+def _infer(numbers: "pl.Series") -> tuple[str, str]:
     distinct, rows = numbers.n_unique(), len(numbers)
     few = distinct <= 2 or (distinct <= _MOST_WHOLE_NUMBER_CLASSES and distinct * _ROWS_FOR_EACH_WHOLE_NUMBER_CLASS <= rows)
-    if not _is_whole(numbers):
+    if not (numbers == numbers.round()).all():
         return "regression", "the target holds numbers with fractions"
+    if is_identifier(numbers):
+        return "classification", "the target is an identifier by its name"
     if few:
         return "classification", f"the target holds whole numbers, only {distinct} different ones in {rows} rows"
     return "regression", f"the target holds whole numbers, {distinct} different ones in {rows} rows"
 
 
-def _is_whole(numbers: "pl.Series") -> bool:
-    return bool((numbers == numbers.round()).all())
+def _most_equal(cells: "pl.Series") -> int:
+    return int(cells.value_counts(name="rows").get_column("rows").max() or 0)  # type: ignore[arg-type]
 
 
-def _check_complete(series: "pl.Series") -> None:
-    _check_rows(series, "is missing", series.is_null())
-    numbers = _as_numbers(series)
-    if numbers is not None:
-        _check_rows(series, "is infinite or no number", ~numbers.is_finite())
+def _values_of(series: "pl.Series") -> str:
+    """What labels that can be read as numbers are written as: plain whole numbers are told apart by their value."""
+    import polars as pl
+
+    if series.dtype == pl.String:
+        return "whole number" if series.str.strip_chars().str.contains(_PLAIN_WHOLE).all() else "text"
+    if series.dtype.is_integer():
+        return "whole number"
+    numbers = series.cast(pl.Float64)
+    return "whole number" if ((numbers == numbers.round()) & (numbers.abs() <= LARGEST_EXACT)).all() else "number"
 
 
-def _check_rows(series: "pl.Series", what: str, wrong: "pl.Series") -> None:
-    rows = wrong.arg_true()
-    if len(rows):
+def _check_few_bad(series: "pl.Series", judged: Judgement, rows: Rows) -> None:
+    known = len(judged.rows) + len(judged.bad)
+    if len(judged.bad) > MOST_BAD * known:
+        cells = some_of(rows.cells(series, judged.bad), len(judged.bad))
         raise DataError(
-            f"target {series.name!r} {what} in {len(rows)} of {len(series)} rows, first in row {rows[0] + 1}: "
-            "fill them in or leave these rows out."
+            f"target {series.name!r} is infinite or no number in {len(judged.bad):,} of {known:,} rows: {cells}. "
+            "Mend them, or leave these rows out."
         )
 
 

@@ -2,25 +2,23 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parafit import api
+from parafit import api, forecast
 from parafit.errors import DataError, NonFiniteLossError
+from parafit.mesh import Placement
 from parafit.plan import Plan
 from parafit.tables import network, show, summary
 from parafit.tables.folder import TableModel, check_folder, write_folder
 from parafit.tables.network import Settings, choose_settings
 from parafit.tables.prepare import Preparation, check_columns, fit_preparation
 from parafit.tables.read import read_table
+from parafit.tables.rows import Table, bad_words, note_words
 from parafit.tables.scores import score
-from parafit.tables.target import fit_target, infer_task
-
-if TYPE_CHECKING:
-    import polars as pl
+from parafit.tables.target import Judgement, fit_target, judge_target
 
 _LEAST_ROWS = 20
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.15
@@ -47,15 +45,17 @@ def train(
     seed: int = 0,
     plan: Plan | str = "auto",
     out: "str | Path | None" = None,
+    force: bool = False,
     verbose: bool = True,
 ) -> TableModel:
     """Fit a network that predicts one column of a table from the others, and score it on rows it has not seen.
 
     A fifth of the rows is kept for the test; 15 % of the others decide when to stop. Ctrl-C ends training, not the work:
-    the best weights so far are scored, written and returned, and `stopped` says so.
+    the best weights so far are scored, written and returned, and `stopped` says so. Rows without a target are left out. What
+    reading the table had to do stands in `notes`.
 
     Args:
-        table: a path to a CSV, TSV (also .gz), Parquet or Arrow file, or a pandas, polars or Arrow frame.
+        table: a path to a CSV, TSV (also .gz), Parquet, Arrow or Excel file, or a pandas, polars or Arrow frame.
         target: the column to predict.
         task: "classification" or "regression"; inferred from the target if not given.
         model: the network: a `.keras` file, or a `.py` file with `build_model(input_shape, output_size)`; see
@@ -65,12 +65,13 @@ def train(
         seed: of the split, the initial weights, dropout and shuffling; sets Python's, NumPy's and Keras' global seeds.
         plan: "auto", a `Plan`, a text such as "data=8", or the path of a plan's JSON file.
         out: a folder for the model, preprocessing, plan, history, scores and an HTML report; nothing is written if None.
+        force: whether a model that `out` holds already may be replaced.
         verbose: print what was read, the network, progress and scores.
 
     Raises:
         DataError: the table or its target cannot be used; the message says which column and row.
         ModelError: `model` cannot be used for this table.
-        OutputError: `out` cannot be written; found before training.
+        OutputError: `out` cannot be written, or holds a model; found before training.
         PlanError: the plan cannot run here.
         NonFiniteLossError: the loss became NaN or infinite; the last good weights are in `out`.
 
@@ -83,31 +84,36 @@ def train(
     import keras
 
     if out is not None:
-        check_folder(out)
+        check_folder(out, force=force)
     if model is not None:
         network.check_model_file(model)
-    chosen_plan = Plan.read(plan)
+    Placement(Plan.read(plan))  # refuses what cannot run here
     screen = show.Screen(verbose)
-    frame = _read_training_table(table, target)
-    goal, split, preparation = _prepare(frame, target, task, seed)
+    read, judged, notes = _read_training_table(table, target, task)
+    frame = read.frame
+    goal, split, preparation = _prepare(read, target, judged, seed)
     prepared = preparation.transform(frame)
+    notes += bad_words({name: (read.rows.cells(frame[name], rows), len(rows)) for name, rows in prepared.bad.items()})
     inputs = prepared.values
     settings = choose_settings(len(split.train), goal.task, epochs=epochs, batch_size=batch_size)
-    screen.table_read(_name(table), frame, preparation)
+    screen.table_read(read.name, frame, preparation, notes)
     keras.utils.set_random_seed(seed)
     net = _network(model, inputs.shape[1], preparation, settings, len(split.train))
-    screen.network(net, settings, chosen_plan, split)
     codes = goal.encode(frame.get_column(target))
-    run = _fit(net, inputs, network.encode_labels(net, goal, codes), split, settings, chosen_plan, screen)
+    labels = network.encode_labels(net, goal, codes)
+    found = forecast.plan_for(net, inputs[split.train], labels[split.train], batch_size=settings.batch_size, plan=plan)
+    screen.network(net, settings, found, split)
+    chosen_plan = replace(found)  # without its ranking, which was shown
+    run = _fit(net, inputs, labels, split, settings, chosen_plan, screen)
     outputs = api.predict(net, inputs, batch_size=_PREDICT_BATCH_SIZE, verbose=0, plan=chosen_plan)
     predictions = network.to_predictions(net, goal, outputs)
     scores = {part: score(goal, codes[rows], predictions[rows]) for part, rows in vars(split).items()}
-    result = TableModel(model=net, preparation=preparation, plan=chosen_plan, history=run.history, scores=scores, stopped=run.stopped)
+    told = {"history": run.history, "scores": scores, "stopped": run.stopped, "notes": tuple(notes)}
+    result = TableModel(model=net, preparation=preparation, plan=chosen_plan, **told)
     screen.scores(result, run.seconds)
     if out is not None:
-        report = summary.page_for(result, _name(table), prepared, settings, codes[split.test], predictions[split.test])
-        write_folder(out, result, report)
-        screen.written(out)
+        report = summary.page_for(result, read.name, prepared, settings, codes[split.test], predictions[split.test])
+        screen.written(write_folder(out, result, report, force=force))
     if run.error:
         raise run.error
     return result
@@ -121,24 +127,31 @@ class _Run:
     error: NonFiniteLossError | None
 
 
-def _name(table) -> str:
-    return Path(table).name if isinstance(table, str | Path) else type(table).__name__
+def _read_training_table(table, target: str, task: str | None) -> tuple[Table, Judgement, list[str]]:
+    """The rows that have a target, what it asks for, and what there is to tell about reading them."""
+    read = read_table(table)
+    check_columns(read.frame, [target])
+    _check_enough(read.name, read.frame.height, "")
+    series = read.frame.get_column(target)
+    judged = judge_target(series, task, read.rows, read.frame)
+    notes = note_words(read.notes) + bad_words({target: (read.rows.cells(series, judged.bad), len(judged.bad))} if len(judged.bad) else {})
+    without = read.frame.height - len(judged.rows)
+    if without:
+        notes.append(f"rows without a target, left out: {without:,}")
+        _check_enough(read.name, len(judged.rows), " with a target")
+    return read.take(judged.rows), judged, notes
 
 
-def _read_training_table(table, target: str) -> "pl.DataFrame":
-    frame = read_table(table)
-    check_columns(frame, [target])
-    if frame.height < _LEAST_ROWS:
-        raise DataError(f"{_name(table)} has {frame.height} rows: expected at least {_LEAST_ROWS} to train, validate and test on.")
-    return frame
+def _check_enough(name: str, rows: int, which: str) -> None:
+    if rows < _LEAST_ROWS:
+        raise DataError(f"{name} has {rows} rows{which}: expected at least {_LEAST_ROWS} to train, validate and test on.")
 
 
-def _prepare(frame: "pl.DataFrame", target: str, task: str | None, seed: int):
-    series = frame.get_column(target)
-    task, reason = infer_task(series, task)
-    split = split_rows(series.rank("dense").to_numpy() if task == "classification" else np.zeros(len(series)), seed)
-    goal = fit_target(series, task, reason, split.train)
-    return goal, split, fit_preparation(frame, goal, split.train)
+def _prepare(table: Table, target: str, judged: Judgement, seed: int):
+    series = table.frame.get_column(target)
+    split = split_rows(series.rank("dense").to_numpy() if judged.task == "classification" else np.zeros(len(series)), seed)
+    goal = fit_target(series, judged, split.train)
+    return goal, split, fit_preparation(table.frame, goal, split.train, table.rows)
 
 
 def split_rows(classes: np.ndarray, seed: int) -> Split:
@@ -196,7 +209,7 @@ def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Se
     except KeyboardInterrupt:
         stopped = "interrupted by Ctrl-C"
     except NonFiniteLossError as caught:
-        stopped, error = str(caught), caught
+        stopped, error = caught.command_line, caught
     if stopped and best.best_weights is not None:
         net.set_weights(best.best_weights)
     history = {name: [float(value) for value in values] for name, values in record.history.items()}

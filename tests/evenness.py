@@ -1,0 +1,93 @@
+"""Finds uneven splits in compiled programs: the compiler's own text of a program between spreading its splits and cutting it up."""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from parafit import chunk
+
+_PASS = "spmd-partitioning"
+_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) [\w\-]+\(.*?, sharding=(.*)$")
+_ARRAY = re.compile(r"\b(?:pred|token|[a-z]+\d\w*)\[([\d,]*)\]")
+
+
+@dataclass
+class Splits:
+    """What was read.
+
+    Attributes:
+        programs: how many for more than one device.
+        uneven: arrays with a dimension that their split does not divide.
+    """
+
+    programs: int = 0
+    uneven: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def read_splits(monkeypatch) -> Iterator[Splits]:
+    """Reads the splits of all programs that are compiled within."""
+    found = Splits()
+    compile_program = chunk.compiled
+
+    def compiled(lowered, options):
+        with tempfile.TemporaryDirectory() as folder:
+            program = compile_program(lowered, {**options, "xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS})
+            texts = [path.read_text() for path in Path(folder).glob(f"*before_{_PASS}*")]
+        found.programs += len(texts)
+        found.uneven += [line for text in texts for line in uneven_lines(text)]
+        return program
+
+    monkeypatch.setattr(chunk, "compiled", compiled)
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield found
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def uneven_lines(text: str) -> list[str]:
+    """The instructions of a program with a dimension that its split does not divide.
+
+    >>> uneven_lines("  %a = f32[7,4]{1,0} add(%x, %y), sharding={devices=[2,1,2]<=[4] last_tile_dim_replicate}")
+    ['f32[7,4]{1,0} a {devices=[2,1,2]<=[4] last_tile_dim_replicate}']
+    >>> uneven_lines("  %a = f32[8,4]{1,0} add(%x, %y), sharding={devices=[2,1,2]<=[4] last_tile_dim_replicate}")
+    []
+    """
+    return [told for line in text.splitlines() if (match := _LINE.match(line)) for told in _uneven(*match.groups())]
+
+
+def _uneven(name: str, types: str, rest: str) -> Iterator[str]:
+    shapes = [tuple(int(size) for size in shape.split(",") if size) for shape in _ARRAY.findall(types)]
+    sharding = _braced(rest)
+    splits = _parts(sharding) if sharding.startswith("{{") else [sharding] * len(shapes)
+    for shape, split in zip(shapes, splits, strict=True):
+        parts = re.search(r"devices=\[([\d,]+)\]", split)
+        assert parts or "replicated" in split or "maximal" in split or "manual" in split, f"cannot read the split {split!r}"
+        if any(size % int(part) for size, part in zip(shape, parts[1].split(",") if parts else ())):
+            yield f"{types} {name} {split}"
+
+
+def _braced(text: str) -> str:
+    """What a text starts with, up to the brace that closes its first."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[: place + 1]
+    raise AssertionError(f"no closing brace in {text[:200]!r}")
+
+
+def _parts(text: str) -> list[str]:
+    """The elements of a tuple of splits."""
+    found, place = [], 1
+    while (start := text.find("{", place)) >= 0:
+        found.append(_braced(text[start:]))
+        place = start + len(found[-1])
+    return found
