@@ -18,8 +18,9 @@ CACHING = 0.1
 """Share of memory that PyTorch's caching allocator loses to fragments (from memory)."""
 MEGATRON_LOSS = (9.5, 1.75)
 """Megatron-LM core/tensor_parallel/cross_entropy.py, in float32, operation by operation: 38 bytes a logit forward, 14 backward."""
-SUMMED = Software(sums_microbatches=True)
-"""Runs the microbatches of a step before it reduces their gradients, as no_sync does in PyTorch (from memory)."""
+SUMMED = Software(sums_microbatches=True, flat_state=True)
+"""Runs the microbatches of a step before it reduces their gradients, as no_sync does in PyTorch, and splits state as one flat buffer, as
+Megatron's distributed optimizer, DeepSpeed and FSDP do (from memory)."""
 MEGATRON_2021 = replace(SUMMED, precision="float16", overlap_gradients=False, send_split=True, recomputes_all=True, equal_stages=True)
 MEGATRON_CORE = replace(SUMMED, overlap_gradients=True, overlap_tensor="all", equal_stages=True)
 
@@ -27,7 +28,7 @@ TRITON_ATTENTION = ({"forward": 0.40, "backward": 0.35}, {"forward": 0.19, "back
 """FlashAttention in Triton: on A100 100 to 120 TFLOP/s forward and backward together at 2k to 16k, causal (Dao 2023, figure 4;
 from memory);
 on H100 1.5 times that, as FlashAttention-2 without Hopper's instructions (335 against 225 TFLOP/s, ibid.)."""
-FOUNDRY = Software(prefetch=("forward",), launch_seconds=EAGER_LAUNCH, memory_slack=CACHING)
+FOUNDRY = Software(prefetch=("forward",), flat_state=True, launch_seconds=EAGER_LAUNCH, memory_slack=CACHING)
 """Composer's FSDP: backward_prefetch BACKWARD_POST gathers a block only once the gradients of the one before are done (from memory)."""
 
 NANOTRON = replace(

@@ -230,3 +230,17 @@ def _compiled(parts):
     model = parts if isinstance(parts, keras.Model) else keras.Sequential(parts, name="sequential")
     model.compile("adam", "mse")
     return model
+
+
+@pytest.mark.parametrize(("heads", "size", "width"), [(2, 16, 16), (2, 8, 18), (6, 4, 24)])
+def test_heads_that_the_axis_does_not_divide_stay_whole_as_planned(capsys, heads, size, width):
+    """Their size is not split instead: products take heads and size as one, so that XLA would gather it again."""
+    tokens = keras.Input((8,), dtype="int32")
+    hidden = layers.Embedding(20, width, mask_zero=True)(tokens)
+    hidden = layers.Add()([hidden, layers.MultiHeadAttention(heads, size)(hidden, hidden)])
+    hidden = layers.Dense(width)(layers.Dense(4 * width, "relu")(hidden))
+    model = keras.Model(tokens, layers.Dense(3, "softmax")(layers.GlobalAveragePooling1D()(hidden)))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x = np.random.default_rng(0).integers(0, 20, (32, 8)).astype("int32")
+    parafit.fit(model, x, np.zeros(32, "int32"), batch_size=16, plan="data=2,tensor=4", verbose=2)
+    assert "not in the plan" not in capsys.readouterr().out

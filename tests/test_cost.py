@@ -1,6 +1,7 @@
 """Prices: parts add up, shares and collectives follow from the layouts, memory follows from liveness."""
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given
@@ -8,9 +9,11 @@ from hypothesis import strategies as st
 
 from parafit.cost import Pricing, price
 from parafit.errors import ModelError, PlanError
+from parafit.layout import pieces, undivided
 from parafit.machine import Machine
 from parafit.networks import Transformer, named, transformer
 from parafit.plan import STORED, Plan
+from parafit.prices import Prices
 from parafit.shares import Shares
 from parafit.software import Software
 
@@ -230,3 +233,41 @@ def test_networks_that_do_not_exist(name):
 def test_named_networks_have_the_parameters_they_are_called_after():
     for name, billions in (("gpt:1.3b", 1.3), ("gpt:175b", 175), ("gpt:1t", 1008), ("llama:8b", 8.0), ("llama:70b", 70.6)):
         assert named(name).bytes_of("parameter") / 2e9 == pytest.approx(billions, rel=0.05)
+
+
+def test_a_batch_that_its_axis_does_not_divide_is_computed_whole_on_every_device():
+    odd, even = (transformer(dataclasses.replace(SMALL, batch=batch)) for batch in (63, 64))
+    whole, alone = cost(plan(data=8), odd), cost(Plan(precision="bfloat16"), odd)
+    assert {name: seconds for name, seconds in whole.times.items() if seconds} == {
+        name: seconds for name, seconds in alone.times.items() if seconds
+    }, "as on one device: nothing is shared out, nothing reduced"
+    assert whole.memory["activations"] == alone.memory["activations"]
+    assert whole.seconds > 5 * cost(plan(data=8), even).seconds
+    assert Shares(odd, plan(data=8)).of(odd.operations[0]).flops == odd.operations[0].flops
+
+
+def test_a_last_microbatch_that_is_not_divided_takes_its_rows_whole():
+    program = transformer(dataclasses.replace(SMALL, batch=127))
+    chosen = plan(data=8, microbatches=16)
+    found = cost(chosen, program)
+    shares = Shares(program, chosen)
+    assert (shares.turns, shares.rounds, shares.fullest.piece.rows) == (16, 15 + 7, 7)
+    divided = transformer(dataclasses.replace(SMALL, batch=120))
+    matmul = cost(plan(data=8, microbatches=15), divided).times["forward matmul"]
+    assert found.times["forward matmul"] == pytest.approx(matmul * 22 / 15)
+    seven = cost(Plan(precision="bfloat16"), transformer(dataclasses.replace(SMALL, batch=7)))
+    assert found.memory["activations"] == pytest.approx(seven.memory["activations"])
+    assert Prices(program, Machine.load("a100x8")).of(chosen) == found
+
+
+@given(st.integers(1, 200), st.integers(2, 16), st.integers(1, 40))
+def test_pieces_hold_every_row_once(rows, data, microbatches):
+    cut = pieces(rows, Plan.parse(f"data={data},microbatches={microbatches}"))
+    assert sum(piece.count * piece.rows for piece in cut) == rows
+    assert all(piece.devices == (data if piece.rows % data == 0 else 1) for piece in cut)
+    assert sum(piece.count for piece in cut) <= microbatches
+    text = undivided(rows, Plan.parse(f"data={data},microbatches={microbatches}"))
+    assert bool(text) == any(piece.devices == 1 for piece in cut)
+    for size in map(int, re.findall(r"\d+(?= or \d+ rows)|\d+(?= rows would)", text)):
+        assert abs(size - rows) <= data * microbatches
+        assert not undivided(size, Plan.parse(f"data={data},microbatches={microbatches}"))

@@ -1,6 +1,7 @@
 """Every plan gives the numbers of one device: weights, optimizer state, history, scores and predictions, in float64 to 1e-12."""
 
 import functools
+import math
 
 import jax
 import keras
@@ -10,6 +11,10 @@ from keras import layers
 
 import parafit
 from parafit.errors import PlanError
+from parafit.models import adapter_of
+from parafit.planner import step_program
+from parafit.progress import settle
+from parafit.shares import Shares
 from tests.zoo import own_train_step, programs
 
 ROWS = 28  # a batch of 16 and a short one of 12, which 8 devices do not divide
@@ -300,6 +305,20 @@ def test_recomputation_saves_memory_and_leaves_the_numbers():
         np.testing.assert_allclose(again, one, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_plan_may_leave_devices_idle():
+    """Seven of eight, which divide both batches, and say so; five of eight, which divide neither."""
+    for plan in ("data=7", "data=5"):
+        assert_same(trained(mlp, plan, batch_size=14), trained(mlp, "single", batch_size=14))
+
+
+def test_a_batch_that_is_not_split_is_said(capsys):
+    model, x, y = mlp()
+    parafit.fit(model, x, y, plan="data=8", batch_size=14, verbose=2)
+    text = "data=8 does not divide a batch of 14 rows: every device computes all of them, 8 times its part (8 or 16 rows would be split)"
+    assert text in capsys.readouterr().out
+
+
 def test_the_model_is_left_whole_on_one_device():
     model, x, y = mlp()
     parafit.fit(model, x, y, plan="data=2,tensor=2,zero=3", verbose=0)
@@ -327,3 +346,26 @@ def _tokens(length, vocabulary):
 
 def _labels():
     return np.random.default_rng(1).integers(0, 3, ROWS).astype("int32")
+
+
+@pytest.mark.parametrize("plan", ["data=8,zero=1", "data=8,zero=3", "data=4,tensor=2,zero=1", "data=8,zero=1,store_group=4"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "adam", "ftrl", "sgd"])
+def test_state_is_priced_as_it_is_placed(optimizer, plan):
+    """Adafactor's row and column means are not like their parameters: they stay whole, as do dimensions that the axis does not divide."""
+    model = keras.Sequential([keras.Input((24,)), layers.Dense(40, "relu"), layers.Dense(36, "relu"), layers.Dense(9)])
+    model.compile(optimizer, "mse")
+    batch = np.ones((16, 24), "float32"), np.ones((16, 9), "float32")
+    adapter = adapter_of(model, "fit")
+    adapter.build(lambda: batch)
+    step = adapter.train_step()
+    program = step_program(step, batch, "network")
+    placement = settle(parafit.mesh.Placement(parafit.Plan.parse(plan)), step, lambda: program)
+    held = [(owner, array) for owners, arrays in zip(step.owners[1], step.read()) for owner, array in zip(owners, arrays)]
+    for role in ("parameter", "slot", "state"):
+        placed = sum(_bytes_on_a_device(placement.stored(owner, array), array) for owner, array in held if owner.role == role)
+        shares = Shares(program, placement.plan)
+        assert sum(shares.stored_bytes(tensor) * tensor.count for tensor in program.of_role(role)) == placed, role
+
+
+def _bytes_on_a_device(sharding, array):
+    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -12,6 +12,7 @@ import keras
 from parafit import compat
 from parafit.errors import BackendError, ModelError
 from parafit.layout import Owner
+from parafit.program import told_apart
 
 State = tuple[list[jax.Array], ...]
 """Groups of arrays: weights that a step changes, statistics and seeds, optimizer slots, metrics."""
@@ -76,11 +77,19 @@ class Step:
 
     @property
     def owners(self) -> tuple[list[Owner], tuple[list[Owner], ...]]:
-        """What each array is that the step reads only, and each array of the state."""
+        """What each array is that the step reads only, and each array of the state: this alone says what is a slot."""
         shapes = {variable.path: tuple(variable.shape) for variable in self.weights}
         weights = {id(variable) for variable in self.weights}
-        fixed, *state = ([_owner(each, shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables))
+        names = iter(self.names)
+        fixed, *state = (
+            [_owner(each, next(names), shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables)
+        )
         return fixed, tuple(state)
+
+    @property
+    def names(self) -> list[str]:
+        """The paths of the same arrays in the same order, equal ones numbered: Keras' Adafactor has several of one path."""
+        return told_apart(variable.path for group in (self.fixed_variables, *self.variables) for variable in group)
 
     def may_end_training(self, logs: Any) -> bool:
         """Whether training ends where the loss among these logs is not finite; a step of the user's own may log what it likes."""
@@ -271,7 +280,7 @@ class KerasModel:
         return Step(name=name, function=stateful, variables=variables, fixed_variables=list(fixed), identity=identity, **options)
 
 
-def _owner(variable, parameters: dict[str, tuple], is_weight: bool) -> Owner:
+def _owner(variable, unique_name: str, parameters: dict[str, tuple], is_weight: bool) -> Owner:
     """A slot is named after its parameter: "adam/dense_kernel_momentum" (Keras), "optimizer/0/mu/dense/kernel" (Flax)."""
     path, shape = variable.path, tuple(variable.shape)
     if is_weight:
@@ -283,7 +292,7 @@ def _owner(variable, parameters: dict[str, tuple], is_weight: bool) -> Owner:
         for each in fits
         if name.startswith(each.replace("/", "_") + "_") or (path.startswith("optimizer/") and path.endswith("/" + each))
     ]
-    return Owner("slot", max(named, key=len)) if named and shape else Owner("state", path)
+    return Owner("slot", max(named, key=len)) if named and shape else Owner("state", unique_name)
 
 
 def _check(model, verb: str) -> None:

@@ -11,7 +11,9 @@ devices in a host, it drives as many network ports, so that β = min(inner, devi
 as many hosts: one group's channels do not fill all ports of many hosts.
 """
 
+import functools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from parafit.machine import Link, Machine
@@ -26,19 +28,36 @@ class Group:
     Attributes:
         size: how many.
         stride: distance from one to the next in the order of devices, hosts filled one after the other.
+        total: devices of all such groups side by side, from the first of a host on; 0: every group starts with a host.
     """
 
     size: int
     stride: int = 1
+    total: int = 0
 
     def split(self, devices_per_host: int) -> tuple[int, int]:
-        """Members in one host, and hosts that the group reaches.
+        """Members in one host, and hosts that the group reaches; of the group that has it worst where not all lie alike.
 
         >>> Group(16).split(8), Group(4, stride=8).split(8), Group(4, stride=2).split(8)
         ((8, 2), (1, 4), (4, 1))
+        >>> Group(5, total=15).split(8)
+        (2, 2)
         """
+        span = self.size * self.stride
+        even = not devices_per_host % span or not (span % devices_per_host or devices_per_host % self.stride)
+        if self.total > devices_per_host and not even and self.stride % devices_per_host:
+            return _worst(self.size, self.stride, self.total, devices_per_host)
         inside = max(1, min(self.size, devices_per_host // self.stride))
         return inside, math.ceil(self.size / inside)
+
+
+@functools.lru_cache(4096)
+def _worst(size: int, stride: int, total: int, devices_per_host: int) -> tuple[int, int]:
+    found = set[tuple[int, int]]()
+    for first in (start + offset for start in range(0, total, size * stride) for offset in range(stride)):
+        members = Counter((first + index * stride) // devices_per_host for index in range(size))
+        found.add((min(members.values()), len(members)))
+    return max(found, key=lambda pair: (pair[1], -pair[0]))
 
 
 def seconds(kind: str, bytes_: float, group: Group, machine: Machine) -> float:

@@ -48,7 +48,7 @@ def explain(
     other = resolve(program, Plan.read(instead))
     _check_devices(other, machine)
     plans = (resolve(program, plan), other)
-    costs = price(program, plans[0], machine, software=software), price(program, other, machine, software=software)
+    costs = _joined(price(program, plans[0], machine, software=software)), _joined(price(program, other, machine, software=software))
     limit = ranking.limit_bytes if ranking else machine.device.memory_bytes
     names = [label(each) for each in plans]
     names = [f"{name} ({mark})" for name, mark in zip(names, "12")] if names[0] == names[1] else names
@@ -89,6 +89,15 @@ def _check_devices(plan: Plan, machine: Machine) -> None:
             f"plan {plan.short()!r} wants {plan.device_count} devices, but {machine.name!r} has {machine.device_count}. "
             "Choose a smaller plan, or a machine with more hosts."
         )
+
+
+def _joined(cost: Cost) -> Cost:
+    """A cost whose repeated operations are one term."""
+    times: dict[str, float] = {}
+    for name, seconds in cost.times.items():
+        term = "recomputation" if name.startswith("recompute ") else name
+        times[term] = times.get(term, 0.0) + seconds
+    return Cost(times=times, memory=cost.memory)
 
 
 def _terms(costs: Costs) -> list[str]:

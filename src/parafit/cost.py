@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Group, seconds
+from parafit.layout import Piece
 from parafit.machine import Machine
 from parafit.measured import Measured
 from parafit.memory import Stage, boundary, peak, recomputed
@@ -94,15 +95,16 @@ def price(program: Program, plan: Plan, machine: Machine, *, software: Software 
 class Pricing:
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
-    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software):
+    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()):
+        program = (plan.recompute == "blocks" and program.recomputed) or program
         self.program, self.plan, self.machine, self.software = program, plan, machine, software
-        self.shares = Shares(program, plan)
+        self.shares = Shares(program, plan, cut, flat_state=software.flat_state)
         self.precision = software.precision or plan.precision
         self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
         self.places = _places(program)
         self.stages = plan.axes.get("pipeline", 1)
         self.blocks = max((operation.count for operation in program.operations), default=1)
-        measured = Measured(program, plan, self.shares, machine.device, self.precision, lambda: self.reach_bytes)
+        measured = Measured(program, self.shares, machine.device, self.precision, lambda: self.reach_bytes)
         self.measured = measured if machine.device.curves else None
 
     @cached_property
@@ -138,7 +140,7 @@ class Pricing:
             if at != place or operation.phase == "update":
                 continue
             share = self.shares.of(operation)
-            part = {f"{operation.phase} {operation.kind}": self.operation_seconds(operation, share) * operation.steps}
+            part = {operation.label: self.operation_seconds(operation, share) * operation.steps}
             host = self.software.launch_seconds
             for exchange in share.exchanges:
                 key = (exchange.tensor.name, exchange.axis, operation.phase)
@@ -190,7 +192,7 @@ class Pricing:
 
     def pipelined(self, parts: dict[str, dict[str, float]]) -> dict[str, float]:
         """Seconds of all microbatches on the busiest stage, what it sends, and the time it waits."""
-        count = self.plan.microbatches
+        count = self.shares.rounds
         hops = self.hops()
         stages = self.stage_times(parts, hops)
         busiest = max(stages, key=lambda times: sum(times.values()))
@@ -275,11 +277,11 @@ class Pricing:
         """Exposed seconds of reducing all gradients along an axis."""
         summed = self.stages > 1 or self.software.sums_microbatches
         each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
-        rounds = self.plan.microbatches if each_time else 1
+        rounds = self.shares.turns if each_time else 1
         buckets = self.buckets(bytes_)
         one = self.state_seconds(axis, bytes_ / buckets)
         if self.software.overlap_gradients and axis == "data":
-            beside = _sum(times, "backward") / self.plan.microbatches * rounds
+            beside = _sum(times, "backward") / self.shares.turns * rounds
             return self.hidden(one * buckets * rounds, one * rounds, beside * (1 - 1 / buckets), axis)
         return one * buckets * rounds
 
@@ -304,7 +306,7 @@ class Pricing:
         axis = self.plan.store.get("slot")
         if not axis:
             return {}
-        parameters = [tensor for tensor in self.program.of_role("parameter") if not self.shares.split(tensor.dims, axis)]
+        parameters = [tensor for tensor in self.program.of_role("parameter") if self.shares.stored_parts(tensor, "slot") > 1]
         bytes_ = sum(self.shares.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
         group = Group(self.shares.shards(axis), self.shares.group(axis).stride)
         if self.plan.zero_stage < 3:
@@ -315,7 +317,7 @@ class Pricing:
         return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
 
     def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
-        count = self.plan.microbatches
+        count = self.shares.turns
         whole = one * blocks * count
         return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
 
@@ -329,7 +331,9 @@ class Pricing:
 
     def memory(self) -> dict[str, float]:
         """Bytes by part of the fullest stage."""
-        found = [peak(self.program, self.shares, stage, reserved_bytes=self.machine.device.context_bytes) for stage in self.stage_parts()]
+        found = [
+            peak(self.program, self.shares.fullest, stage, reserved_bytes=self.machine.device.context_bytes) for stage in self.stage_parts()
+        ]
         parts = max(found, key=lambda part: sum(part.values()))
         parts["communication"] = self.buffer_bytes()
         parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
@@ -350,7 +354,7 @@ class Pricing:
         placed = [(operation, place) for operation, place in zip(self.program.operations, self.places) if operation.phase != "update"]
         ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
         first, middle, last = self.counts
-        most = min(self.plan.microbatches, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
+        most = min(self.shares.turns, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
         shares = [count / self.blocks - 1e-9 for count in (max(first, middle), last)]  # whole numbers of blocks stay whole
         return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (most, 1))]
 
@@ -384,7 +388,7 @@ def _places(program: Program) -> list[str]:
     return places
 
 
-def _times(times: Mapping[str, float], count: int) -> dict[str, float]:
+def _times(times: Mapping[str, float], count: float) -> dict[str, float]:
     return {name: value * count for name, value in times.items()}
 
 

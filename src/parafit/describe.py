@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from parafit.fold import share_dims
 from parafit.kernels import Kernel, group
-from parafit.program import Operation, Program, Tensor
+from parafit.program import Operation, Program, Tensor, with_dims_of
 from parafit.walk import Record, Value, Walk
 
 
@@ -16,8 +16,8 @@ def attribute(walk: Walk) -> None:
     _update_in_place(walk)
 
 
-def describe(walk: Walk, name: str) -> Program:
-    """The program of a walk."""
+def describe(walk: Walk, name: str, like: Program | None = None) -> Program:
+    """The program of a walk; dims are named as in another program of the same arguments, where one is given."""
     attribute(walk)
     names = _Names(walk)
     operations = tuple(names.operation(kernel) for kernel in group(walk))
@@ -30,7 +30,7 @@ def describe(walk: Walk, name: str) -> Program:
         couples_batch=_coupling(walk),
         fixed=frozenset(names.dims[factor] for factor in walk.dims.fixed() if factor in names.dims),
     )
-    return share_dims(program)
+    return with_dims_of(like, program) if like else share_dims(program)
 
 
 # Phases, owners and gradients ---------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def _drop_unread(walk: Walk) -> None:
 
 
 def _set_phases(walk: Walk) -> None:
-    """What has no phase of its own is the update if it follows from a gradient, or shares the scope of what does."""
+    """What has no phase of its own is the update if it follows from a gradient, leads to nothing else, or shares the scope of what does."""
     after, scopes = set(), set()
     for record in walk.records:
         if record.phase == "backward" or (not record.phase and any(id(value.root()) in after for value in record.inputs)):
@@ -62,7 +62,11 @@ def _set_phases(walk: Walk) -> None:
                 scopes.add(record.scope)
     for record in walk.records:
         updates = (record.scope and record.scope in scopes) or any(value.root().role == "slot" for value in record.inputs)
-        record.phase = record.phase or ("update" if updates else "forward")
+        record.phase = record.phase or ("update" if updates else "")
+    for record in reversed(walk.records):
+        readers = [reader for value in record.outputs for reader in value.root().readers]
+        only_updates = bool(readers) and all(reader.phase == "update" for reader in readers)
+        record.phase = record.phase or ("update" if only_updates else "forward")
 
 
 def _set_owners(walk: Walk) -> None:
@@ -146,6 +150,7 @@ class _Names:
             contracted=tuple(dim for dim in contracted if dim),
             shape=record.shape,
             steps=record.steps,
+            again=record.again,
         )
 
     def tensor(self, value: Value) -> str:

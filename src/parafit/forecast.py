@@ -12,6 +12,7 @@ from parafit.candidates import SAME_NUMBERS
 from parafit.cost import price as price_of
 from parafit.data import Feed
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
+from parafit.layout import undivided
 from parafit.models import adapter_of
 from parafit.plan import Plan
 from parafit.planner import RUNS, refused_techniques, step_program, this_machine
@@ -115,6 +116,7 @@ def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], P
     chunk = progress.find(arrays)
     peak_bytes, seconds = chunk.peak_bytes, 0.0
     try:
+        _say_undivided(program(), plan)
         cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=chunk.capacity))
         copied = cost.memory.get("inputs", 0.0) if chunk.capacity == 1 else 0.0  # one batch is used where it lies
         peak_bytes = cost.peak_bytes - cost.memory["context"] + progress.block_bytes(arrays) - copied
@@ -128,6 +130,13 @@ def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], P
         compiled_bytes=chunk.peak_bytes,
         modelled_seconds=seconds,
     )
+
+
+def _say_undivided(program: Program, plan: Plan) -> None:
+    """A line for a batch that the plan does not split."""
+    text = undivided(program.sizes.get("batch", 1), plan)
+    if text:
+        print(f"parafit: {text}")
 
 
 def print_breaches(progress: Progress, arrays: Any, program: Callable[[], Program]) -> None:

@@ -96,27 +96,89 @@ def lay_out(tensors: Iterable[Tensor], plan: Plan) -> Layout:
     kept = [tensor for tensor in tensors if tensor.role in ("parameter", "state")]
     compute = {tensor.name: split_by_dims(tensor, plan) for tensor in kept}
     parameters = [tensor for tensor in kept if tensor.role == "parameter"]
-    store = {
-        role: {tensor.name: _split_further(tensor.shape, compute[tensor.name], *_store_axis(plan, role)) for tensor in parameters}
-        for role in plan.store
-    }
+    store = {role: {tensor.name: split_to_store(tensor, plan, role) for tensor in parameters} for role in plan.store}
     whole = {tensor.name: compute[tensor.name] for tensor in parameters}
     return Layout(compute=compute, store={"parameter": whole, "gradient": whole, "slot": whole} | store)
 
 
 def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
-    """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it.
-
-    A batch is split even where the axis does not divide it; any other dimension then stays whole.
-    """
+    """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it and it divides."""
     spec: list[str | None] = [None] * len(tensor.shape)
     for dim, axis in plan.compute.items():
         if axis in spec or dim not in tensor.dims:
             continue
         position = tensor.dims.index(dim)
-        if spec[position] is None and (dim == AXES["data"] or tensor.shape[position] % plan.axes[axis] == 0):
+        if spec[position] is None and tensor.shape[position] % plan.axes[axis] == 0:
             spec[position] = axis
     return tuple(spec)
+
+
+def split_to_store(tensor: Tensor, plan: Plan, role: str) -> Spec:
+    """How what is like a parameter rests as one of the stored roles: its largest dimension that is whole and divides is split as well."""
+    spec = split_by_dims(tensor, plan)
+    return _split_further(tensor.shape, spec, *_store_axis(plan, role)) if role in plan.store else spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Microbatches of one size.
+
+    Attributes:
+        count: how many there are.
+        rows: of each.
+        devices: that share it between them: 1 where they do not divide it and each has all of it.
+    """
+
+    count: int
+    rows: float
+    devices: int
+
+    @property
+    def local_rows(self) -> float:
+        """Rows of each that a device computes."""
+        return self.rows / self.devices
+
+
+def pieces(rows: int, plan: Plan) -> tuple[Piece, ...]:
+    """The microbatches of a batch: equal ones, then a smaller one where rows are left. What the devices do not divide, each has whole.
+
+    Args:
+        rows: of the batch.
+        plan: that cuts and splits it.
+
+    >>> pieces(64, Plan.parse("data=4,microbatches=2"))
+    (Piece(count=2, rows=32, devices=4),)
+    >>> pieces(127, Plan.parse("data=8,microbatches=16"))
+    (Piece(count=15, rows=8, devices=8), Piece(count=1, rows=7, devices=1))
+    """
+    devices = plan.axes.get(plan.compute.get(AXES["data"], ""), 1)
+    size = max(1, -(-rows // plan.microbatches))
+    cut = [(rows // size, size), (1, rows % size)]
+    return tuple(Piece(count=count, rows=each, devices=1 if each % devices else devices) for count, each in cut if each)
+
+
+def undivided(rows: int, plan: Plan) -> str:
+    """What a plan does not split of a batch, in words, and which sizes near by it would split; "" where it splits all of it.
+
+    >>> undivided(127, Plan.parse("data=8"))
+    'data=8 does not divide a batch of 127 rows: every device computes all of them, 8 times its part (120 or 128 rows would be split)'
+    >>> undivided(128, Plan.parse("data=8"))
+    ''
+    """
+    axis = plan.compute.get(AXES["data"], "")
+    whole = [piece for piece in pieces(rows, plan) if axis and piece.devices == 1]
+    if not whole:
+        return ""
+    step = plan.axes[axis] * plan.microbatches
+    sizes = " or ".join(str(size) for size in (rows // step * step, (rows // step + 1) * step) if size)
+    left = sum(piece.count * piece.rows for piece in whole)
+    more = sum(piece.count * piece.local_rows for piece in pieces(rows, plan)) * plan.axes[axis] / rows
+    parts = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
+    which = "all of them" if left == rows else f"{left} of them"
+    return (
+        f"{axis}={plan.axes[axis]} does not divide a batch of {rows} rows{parts}: "
+        f"every device computes {which}, {more:.2g} times its part ({sizes} rows would be split)"
+    )
 
 
 def axis_size(plan: Plan, axis: str | None) -> int:
@@ -147,7 +209,7 @@ def _inner_dims(program: Program, axis: str, size: int) -> list[str]:
     A dim that is summed over leaves partial sums, whose bytes are its price; what it shares out are the operations it is part of.
     In a chain of layers this takes every other width, in a block its inner width and not the stream between blocks.
     """
-    kernels = _kernel_dims(program)
+    kernels = kernel_dims(program)
     candidates = [dim for dim in kernels if program.sizes[dim] % size == 0]
     given = {dim for tensor in program.of_role("input") for dim in tensor.dims}
     candidates = [
@@ -166,7 +228,7 @@ def _inner_dims(program: Program, axis: str, size: int) -> list[str]:
     return chosen
 
 
-def _kernel_dims(program: Program) -> list[str]:
+def kernel_dims(program: Program) -> list[str]:
     """Dims along which kernels can be split: not the batch, not what an operation keeps together, not what a kernel has twice."""
     kernels = [tensor for tensor in program.of_role("parameter") if len(tensor.shape) > 1]
     twice = {dim for tensor in kernels for dim in tensor.dims if tensor.dims.count(dim) > 1}

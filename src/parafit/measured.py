@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cached_property
 
 from parafit.machine import Device
-from parafit.plan import Plan
 from parafit.program import Operation, Program, Tensor
 from parafit.shares import Share, Shares
 
@@ -23,15 +22,14 @@ class Measured:
 
     Args:
         program: what is computed.
-        plan: under which plan.
         shares: what of it a device does.
         device: one whose `curves` were measured.
         precision: of products.
         reach_bytes: gives all that a step touches: what is used once a step comes from as far as that reaches.
     """
 
-    def __init__(self, program: Program, plan: Plan, shares: Shares, device: Device, precision: str, reach_bytes: Callable[[], float]):
-        self.program, self.plan, self.shares, self.device = program, plan, shares, device
+    def __init__(self, program: Program, shares: Shares, device: Device, precision: str, reach_bytes: Callable[[], float]):
+        self.program, self.shares, self.device = program, shares, device
         self.precision, self.reach_bytes = precision, reach_bytes
 
     def operation_seconds(self, operation: Operation, share: Share) -> float:
@@ -149,7 +147,7 @@ class Measured:
         for operation in self.program.operations:
             counts[operation.steps] += operation.count
         each = {steps: self.device.curve_seconds("operation", count) for steps, count in counts.items()}
-        return self.plan.microbatches * sum(steps * seconds for steps, seconds in each.items())
+        return self.shares.turns * sum(steps * seconds for steps, seconds in each.items())
 
     def feed_seconds(self, steps_per_dispatch: int) -> float:
         """A batch is copied out of its block; the host gathers the next with one of the cores that the device computes with."""

@@ -3,7 +3,7 @@
 A forward result that the backward pass reads is kept, once for each block and each microbatch in flight; everything else lives from
 the operation that writes it to the last that reads it. With recomputation only what passes between blocks is kept.
 
-A program that knows its buffers is taken at its word, unless a plan cuts it into stages or recomputes. Then gradients live only
+A program that knows its buffers is taken at its word, unless a plan cuts it into stages. Then gradients live only
 until they are used, or, summed over microbatches, all the time.
 """
 
@@ -60,7 +60,7 @@ def peak(program: Program, shares: Shares, stage: Stage, *, reserved_bytes: floa
 
 def is_compiled(program: Program, plan: Plan) -> bool:
     """Whether memory under a plan follows from the program's buffers."""
-    return bool(program.buffers) and plan.recompute == "none" and plan.axes.get("pipeline", 1) == 1
+    return bool(program.buffers) and plan.axes.get("pipeline", 1) == 1
 
 
 def _fullest(program: Program, shares: Shares) -> dict[str, float]:
@@ -93,6 +93,26 @@ def boundary(program: Program, operations: Sequence[Operation]) -> tuple[Tensor,
     return tuple(found.values()) or tuple(program.tensors[name] for operation in blocks[-1:] for name in operation.outputs[:1])
 
 
+def recomputing_saves(program: Program) -> bool:
+    """Whether a step that computes activations again holds less beside its state than one that keeps them, by more than prices are off."""
+    again = program.recomputed
+    if again is None or again is program:
+        return again is not None
+    kept, less = (sum(_moving(each).values()) for each in (program, again))
+    return less < _SAVING * kept
+
+
+_SAVING = 0.95
+"""Nine in ten predictions of what a compiled step holds are nearer to it than this (docs/cost.md)."""
+
+
+def _moving(program: Program) -> dict[str, float]:
+    """What one device holds beside the state at the fullest moment of a step over the whole batch."""
+    operations = [operation for operation in program.operations if operation.phase != "update"]
+    found = peak(program, Shares(program, Plan()), Stage(operations=operations, block_share=1.0, in_flight=1))
+    return {part: found[part] for part in BUFFERED}
+
+
 def recomputed(program: Program) -> list[Operation]:
     """The forward operations of a block that recomputation must run again: those whose results the backward pass reads."""
     operations = [operation for operation in program.operations if operation.phase != "update"]
@@ -112,7 +132,7 @@ def _held(program: Program, stage: Stage) -> list[Tensor]:
     mine = {name for name in names if program.tensors[name].role in ("parameter", "gradient", "state")}
     for operation in program.operations:
         if operation.phase == "update" and not mine.isdisjoint(operation.inputs):
-            mine.update(name for name in operation.inputs if program.tensors[name].role in ("slot", "gradient"))
+            mine.update(name for name in operation.inputs if program.tensors[name].role in ("slot", "gradient", "state"))
     return [program.tensors[name] for name in mine]
 
 

@@ -1,5 +1,6 @@
 """`find_plan`: where a model, a machine and the search meet."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -138,8 +139,23 @@ def step_program(step: Any, batch: Any, name: str, *, here: bool = True) -> Prog
     from parafit.trace import trace_step
 
     lower = rewrite_jaxpr if here and jax.default_backend() == "cpu" and knows_memory() else None
-    program = trace_step(step, step.read(), batch, fixed=step.read_fixed(), name=name, lower=lower)
-    return replace(program, couples_batch=program.couples_batch or step.parts.couples) if step.parts else program
+    state, fixed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (step.read(), step.read_fixed()))
+    program = trace_step(step, state, batch, fixed=fixed, name=name, lower=lower)
+    if not step.parts:
+        return program
+
+    @functools.cache
+    def recomputing() -> Program | None:
+        from parafit.mesh import Placement
+        from parafit.techniques import planned_function
+
+        function = planned_function(step, Placement(Plan(recompute="blocks")), batch)
+        try:
+            return trace_step(replace(step, function=function), state, batch, fixed=fixed, name=name, lower=lower, like=program)
+        except ModelError:
+            return None
+
+    return replace(program, couples_batch=program.couples_batch or step.parts.couples, recomputing=recomputing)
 
 
 def refused_techniques(step: Any) -> frozenset[str]:

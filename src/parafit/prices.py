@@ -70,7 +70,7 @@ class Prices:
         totals = [sum(part.values()) for part in parts]
         whole = totals[0] + pricing.blocks * totals[1] + totals[2]
         longest = whole / pricing.stages
-        return longest * plan.microbatches + (whole - longest) / plan.interleave
+        return longest * pricing.shares.rounds + (whole - longest) / plan.interleave
 
     def _pricing(self, plan: Plan) -> "_Remembered":
         return _Remembered(self.program, plan, self.machine, self.software, self._memo, self._traits)
@@ -83,19 +83,27 @@ class _Remembered(Pricing):
         super().__init__(program, plan, machine, software)
         self.memo = memo
         axis = plan.compute.get("batch", "")
-        others = {name: self.shares.group(name) for name in plan.axes if name not in (axis, "pipeline")}
+        others = {name: self.reach(name) for name in plan.axes if name not in (axis, "pipeline")}
         dims = tuple((dim, at) for dim, at in plan.compute.items() if dim not in ("batch", "blocks"))
         self.width = (dims, tuple(others.items()))
-        self.cut_rows = (self.width, plan.axes.get(axis, 1) * plan.microbatches, axis)
-        self.part = (self.cut_rows, self.shares.group(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
+        self.cut_rows, self.full_rows = (
+            (self.width, each.piece.local_rows, axis if each.piece.devices > 1 else "") for each in (self.shares, self.shares.fullest)
+        )
+        self.part = (self.cut_rows, self.reach(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
         self.state = (
             self.cut_rows if traits.updates_rows else self.width,
             tuple(plan.store.items()),
             plan.store_group,
             plan.axes.get(axis),
             self.stages,
+            plan.recompute,
         )
-        self.shares = _Shares(program, plan, self)
+        self.shares = _Shares(self.program, plan, self)
+
+    def reach(self, axis: str) -> tuple:
+        """What a collective along an axis depends on."""
+        group = self.shares.group(axis)
+        return group.size, group.stride, group.split(self.machine.devices_per_host)
 
     def remember(self, key: Hashable, work: Callable[[], Any]) -> Any:
         if key not in self.memo:
@@ -124,22 +132,30 @@ class _Remembered(Pricing):
 
         def work() -> dict[str, float]:
             one = Stage(operations=stage.operations, block_share=stage.block_share, in_flight=1)
-            return peak(self.program, self.shares, one, reserved_bytes=self.machine.device.context_bytes)
+            return peak(self.program, self.shares.fullest, one, reserved_bytes=self.machine.device.context_bytes)
 
         def part(key: Hashable, *names: str) -> dict[str, float]:
             return self.remember(key, lambda: {name: value for name, value in work().items() if (name in names)})
 
         # Gradients rest like state where they wait for the update, and pass like activations in a program that knows its buffers.
         compiled = is_compiled(self.program, self.plan)
-        gradients = ("gradients", place, stage.block_share, self.state, (self.part, self.plan.store_group) if compiled else None)
-        moving = part(("activations", place, stage.block_share, self.part), "inputs", "activations", "temporaries", "context")
+        gradients = (
+            "gradients",
+            place,
+            stage.block_share,
+            self.state,
+            (self.part, self.full_rows, self.plan.store_group) if compiled else None,
+        )
+        moving = part(
+            ("activations", place, stage.block_share, self.part, self.full_rows), "inputs", "activations", "temporaries", "context"
+        )
         resting = part(("state", place, stage.block_share, self.state), "parameters", "slots", "state") | part(gradients, "gradients")
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 
 class _Shares(Shares):
     def __init__(self, program: Program, plan: Plan, pricing: _Remembered):
-        super().__init__(program, plan)
+        super().__init__(program, plan, flat_state=pricing.software.flat_state)
         self.pricing = pricing
 
     def of(self, operation: Operation) -> Share:

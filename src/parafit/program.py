@@ -8,9 +8,10 @@ says how everything that shares the dim is split.
 Identical blocks are written once: the tensors and operations of a block that occurs twelve times carry `count=12`.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 ROLES = ("parameter", "slot", "state", "input", "activation", "gradient")
@@ -90,6 +91,7 @@ class Operation:
         shape: of a matmul (batches, rows, inner, columns), whole; empty otherwise.
         count: how many blocks run it.
         steps: how many times one after the other a loop runs it inside one block.
+        again: it was done in the forward pass already, and is repeated for the backward pass.
     """
 
     name: str
@@ -104,6 +106,12 @@ class Operation:
     shape: tuple[int, ...] = ()
     count: int = 1
     steps: int = 1
+    again: bool = False
+
+    @property
+    def label(self) -> str:
+        """What its time is listed under: when it runs and what it does."""
+        return f"{'recompute' if self.again else self.phase} {self.kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +145,8 @@ class Program:
         couples_batch: why the rows of a batch are not independent ("" where they are): batch statistics, random masks.
         fixed: dims that some operation cannot split (windows slide over it, a sort or a loop runs along it, a slice cuts it).
         buffers: what the compiled step holds, where its compiler is known; else memory follows from the operations.
+        recomputing: gives the program of the same step with recomputation, with the same names of dims, or None; where there is none to
+            ask, blocks that are counted more than once are what is computed again.
 
     >>> x = Tensor(name="x", shape=(32, 784), dims=("batch", "pixels"), role="input")
     >>> w = Tensor(name="w", shape=(784, 10), dims=("pixels", "classes"), role="parameter")
@@ -157,6 +167,14 @@ class Program:
     couples_batch: str = ""
     fixed: frozenset[str] = frozenset()
     buffers: tuple[Buffer, ...] = ()
+    recomputing: "Callable[[], Program | None] | None" = None
+
+    @cached_property
+    def recomputed(self) -> "Program | None":
+        """The program of the same step with recomputation, itself where its blocks are counted; None where nothing would be repeated."""
+        if self.recomputing is not None:
+            return self.recomputing()
+        return self if any(operation.count > 1 for operation in self.operations) else None
 
     @cached_property
     def flops(self) -> float:
@@ -170,3 +188,39 @@ class Program:
     def bytes_of(self, role: str) -> int:
         """Bytes of all tensors of a role, whole, over all blocks."""
         return sum(tensor.bytes * tensor.count for tensor in self.of_role(role))
+
+
+def with_dims_of(program: Program, other: Program) -> Program:
+    """`other`, which has the same arguments as `program`, with the names that their dims have there.
+
+    Args:
+        program: whose names count.
+        other: what is renamed; dims that no argument has keep their names, or get new ones where those are taken.
+    """
+    given = [tensor for tensor in program.tensors.values() if tensor.role not in ("activation", "gradient")]
+    names = {theirs: ours for tensor in given for ours, theirs in zip(tensor.dims, other.tensors[tensor.name].dims) if theirs}
+    names |= {name: f"{name} again" for name in other.sizes if name not in names and name in names.values()}
+
+    def renamed(dims: Iterable[str]) -> tuple[str, ...]:
+        return tuple(names.get(dim, dim) for dim in dims)
+
+    return replace(
+        other,
+        operations=tuple(replace(operation, contracted=renamed(operation.contracted)) for operation in other.operations),
+        tensors={name: replace(tensor, dims=renamed(tensor.dims)) for name, tensor in other.tensors.items()},
+        sizes={names.get(name, name): size for name, size in other.sizes.items()},
+        fixed=frozenset(renamed(other.fixed)),
+    )
+
+
+def told_apart(names: Iterable[str]) -> list[str]:
+    """Names, equal ones numbered from the second on.
+
+    >>> told_apart(["kernel", "kernel_2", "kernel", "kernel"])
+    ['kernel', 'kernel_2', 'kernel_3', 'kernel_4']
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found[next(each for each in itertools.chain([name], numbered) if each not in found)] = None
+    return list(found)

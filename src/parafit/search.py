@@ -12,14 +12,13 @@
                 microbatches, recomputation, chunks of a pipeline stage, precision
                                                            Candidates.schedules
 
-    subject to  pipeline × data × tensor divides the devices of the machine (fewer devices may be fastest)
+    subject to  pipeline × data × tensor ≤ the devices of the machine (fewer devices may be fastest)
                                                            Candidates.meshes
-                tensor lies inside a host, unless nothing fits otherwise
-                                                           search
-                tensor divides the dims that it splits     layout.resolve
-                data × microbatches divides the batch, and a batch whose rows depend on each other is not cut
-                                                           Candidates.meshes, schedules
-                a pipeline has no more stages than blocks; its chunks divide its blocks, its stages its microbatches
+                tensor takes a part of a host or whole hosts, and divides the dims that it splits
+                                                           Candidates.meshes, layout.resolve
+                microbatches are split over data where it divides them, else whole on each device; a batch whose rows depend
+                on each other is not cut                   layout.pieces, Candidates.schedules
+                a pipeline has no more chunks than blocks; its stages divide its microbatches where it has several chunks
                                                            Candidates.schedules
                 bytes on the fullest device ≤ its memory, and ≤ max_bytes
                                                            memory.peak
@@ -38,6 +37,7 @@ from dataclasses import replace
 from parafit.arguments import did_you_mean
 from parafit.candidates import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
 from parafit.errors import PlanError
+from parafit.limits import held_back
 from parafit.machine import Machine
 from parafit.plan import Plan
 from parafit.prices import Prices
@@ -88,9 +88,6 @@ def search(
     candidates = Candidates(program, machine, allowed)
     found = _Search(candidates, prices, goal, limit).run()
     if not found.best:
-        candidates = Candidates(program, machine, allowed, across_hosts=True)
-        found = _Search(candidates, prices, goal, limit).run()
-    if not found.best:
         raise _nothing_fits(candidates, prices, limit)
     best, *others = sorted(found.best.values(), key=found.rank)
     refused = _refused(program, machine, prices, found, best) if allow is not None else []
@@ -104,6 +101,7 @@ def search(
         machine=machine,
         software=software,
         priced=found.priced,
+        held_back=held_back(candidates, software, best.plan, best.cost.seconds),
     )
 
 
@@ -218,7 +216,7 @@ class _Floors:
 
 def _refused(program: Program, machine: Machine, prices: Prices, found: _Search, best: Choice) -> list[Choice]:
     """The plan that would be best if everything were allowed that leaves the numbers as they are."""
-    every = Candidates(program, machine, SAME_NUMBERS | found.candidates.allow, across_hosts=found.candidates.across_hosts)
+    every = Candidates(program, machine, SAME_NUMBERS | found.candidates.allow)
     if every.allow == found.candidates.allow:
         return []
     search_all = _Search(every, prices, found.goal, found.limit, shown=1)

@@ -1,16 +1,19 @@
 """Who holds and computes which part: what follows from a plan's two layouts, for every tensor and operation. Plain Python.
 
 Along each axis a tensor is split over the first of its dims that `compute` maps to the axis, and an operation over the first dim of
-all its tensors. Three cases follow. An input that lacks the operation's dim but is split over another must be gathered whole first.
-An output that lacks it is a partial sum: it is reduced, and scattered where it is itself split over another dim. All else is local.
+all its tensors; a microbatch that its axis does not divide is split over none. Three cases follow. An input that lacks the
+operation's dim but is split over another must be gathered whole first. An output that lacks it is a partial sum: it is reduced, and
+scattered where it is itself split over another dim. All else is local.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from parafit.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Group
 from parafit.errors import PlanError
+from parafit.layout import GROUP, Piece, pieces, split_to_store
 from parafit.plan import Plan
 from parafit.program import Operation, Program, Tensor
 
@@ -55,6 +58,9 @@ class Shares:
     Args:
         program: what is computed.
         plan: who does it; each dim that it maps must be the program's.
+        cut: the microbatches; default: as the plan cuts the program's batch.
+        place: of which of them; default: the first.
+        flat_state: as in `parafit.software.Software`.
 
     Raises:
         PlanError: the plan maps a dim that the program does not have.
@@ -72,8 +78,11 @@ class Shares:
     ((1, 16, 196, 10), [('all-reduce', 'tensor', 640.0)])
     """
 
-    def __init__(self, program: Program, plan: Plan):
-        self.program, self.plan = program, plan
+    def __init__(self, program: Program, plan: Plan, cut: Sequence[Piece] = (), *, place: int = 0, flat_state: bool = False):
+        self.program, self.plan, self.flat_state = program, plan, flat_state
+        rows = program.sizes.get("batch", 1)
+        self.pieces = tuple(cut) or pieces(rows, plan)
+        self.piece = self.pieces[place]
         self.stages = plan.axes.get("pipeline", 1)
         mapped = {dim: axis for dim, axis in plan.compute.items() if dim != "blocks"}
         if missing := sorted(set(mapped) - {*program.sizes, "batch"}):  # a batch of one row is no dim, and stays whole
@@ -81,16 +90,36 @@ class Shares:
                 f"the plan maps dim {missing[0]!r}, but program {program.name!r} has the dims {', '.join(program.sizes)}. "
                 "Map one of these (a plan's text says 'inner' for dims that are found once the model is known)."
             )
-        self._orders = {axis: [dim for dim, at in mapped.items() if at == axis] for axis in plan.axes if axis != "pipeline"}
+        split = {dim: axis for dim, axis in mapped.items() if dim != "batch" or self.piece.devices > 1}
+        self._orders = {axis: [dim for dim, at in split.items() if at == axis] for axis in plan.axes if axis != "pipeline"}
         self._fractions = {dim: self._fraction_of(dim, plan.axes[axis]) for dim, axis in mapped.items()}
-        self._fractions.setdefault("batch", self._fraction_of("batch", 1))
+        self._fractions["batch"] = self.piece.local_rows / rows
         self._local: dict[str, float] = {}
         self._shares: dict[int, Share] = {}
+
+    @property
+    def turns(self) -> int:
+        """Microbatches of a step."""
+        return sum(piece.count for piece in self.pieces)
+
+    @property
+    def rounds(self) -> float:
+        """The same in microbatches of this one's rows on a device."""
+        return sum(piece.count * piece.local_rows for piece in self.pieces) / self.piece.local_rows
+
+    @cached_property
+    def fullest(self) -> "Shares":
+        """The shares of the microbatch of which a device has most."""
+        place, largest = max(enumerate(self.pieces), key=lambda pair: pair[1].local_rows)
+        if largest.local_rows == self.piece.local_rows:
+            return self
+        return Shares(self.program, self.plan, self.pieces, place=place, flat_state=self.flat_state)
 
     def group(self, axis: str) -> Group:
         """The devices along an axis: the plan's last axis joins neighbours."""
         names = list(self.plan.axes)
-        return Group(self.plan.axes[axis], math.prod(self.plan.axes[name] for name in names[names.index(axis) + 1 :]))
+        stride = math.prod(self.plan.axes[name] for name in names[names.index(axis) + 1 :])
+        return Group(self.plan.axes[axis], stride, self.plan.device_count)
 
     def split(self, dims: Iterable[str], axis: str) -> str:
         """The dim that is split along an axis, or ""."""
@@ -107,10 +136,15 @@ class Shares:
 
     def stored_bytes(self, tensor: Tensor) -> float:
         """Bytes of a device's part of a tensor of the training state, at rest: split once more where `store` says so."""
-        axis = self.plan.store.get(tensor.role)
-        if not axis or self.split(tensor.dims, axis) or tensor.size < self.shards(axis):
-            return self.local_bytes(tensor)
-        return self.local_bytes(tensor) / self.shards(axis)
+        return self.local_bytes(tensor) / self.stored_parts(tensor, tensor.role)
+
+    def stored_parts(self, tensor: Tensor, role: str) -> int:
+        """Into how many parts `store` splits a tensor further that is stored in a role: 1 where it does not, or no dimension divides."""
+        axis = self.plan.store.get(role, "")
+        if not axis or self.split(tensor.dims, axis):
+            return 1
+        divided = tensor.size >= self.shards(axis) if self.flat_state else {axis, GROUP} & set(split_to_store(tensor, self.plan, role))
+        return self.shards(axis) if divided else 1
 
     def shards(self, axis: str) -> int:
         """Parts into which state is split along an axis."""
@@ -138,9 +172,8 @@ class Shares:
         return Share(flops=operation.flops * share, bytes=operation.bytes * local / whole, shape=shape, exchanges=exchanges)
 
     def _fraction_of(self, dim: str, parts: int) -> float:
-        """The largest part of a dim, of one microbatch where it is the batch."""
+        """The largest part of a dim."""
         size = self.program.sizes.get(dim, 1)
-        parts *= self.plan.microbatches if dim == "batch" else 1
         return math.ceil(size / parts) / size
 
     def fraction(self, dims: Iterable[str]) -> float:

@@ -23,6 +23,7 @@ class Software:
         attention: share of the peak that fused attention reaches, "forward" and "backward", where another version is used.
         recomputes_all: recomputation runs the whole block again, not only what the backward pass reads.
         equal_stages: every pipeline stage has as many blocks; else stages are cut where their times are closest.
+        flat_state: state is split as one flat buffer, whatever its tensors' shapes; else each along a dimension that the axis divides.
         update_passes: how often the optimiser's memory traffic is repeated (1 where it is one fused operation).
         memory_slack: share of the arrays' bytes that the allocator loses.
         steps_per_dispatch: steps that one compiled program runs.
@@ -41,6 +42,7 @@ class Software:
     attention: Mapping[str, float] = field(default_factory=dict)
     recomputes_all: bool = False
     equal_stages: bool = False
+    flat_state: bool = False
     update_passes: float = 1.0
     memory_slack: float = 0.0
     steps_per_dispatch: int = 1

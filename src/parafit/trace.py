@@ -13,12 +13,14 @@ from parafit.buffers import buffers
 from parafit.copies import with_copies
 from parafit.describe import attribute, describe
 from parafit.errors import ModelError
-from parafit.program import Program
+from parafit.program import Program, told_apart
 from parafit.schedule import saves_memory
 from parafit.walk import Leaf, Walk
 
 
-def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[[Any], Any] | None = None) -> Program:
+def trace_step(
+    step, state, batch, *, fixed=(), name: str = "", lower: Callable[[Any], Any] | None = None, like: Program | None = None
+) -> Program:
     """The program of an adapted model's step.
 
     Args:
@@ -29,6 +31,7 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[
         name: of the model.
         lower: what becomes of the traced step before XLA:CPU compiles it (`parafit.rewrite.rewrite_jaxpr`), for a program that
             knows its buffers; None: for a machine whose compiler is not known.
+        like: the program of another form of the same step, whose names the dims get.
 
     Returns:
         Its program. Parameters, slots and state are tensors named by the path of their variable.
@@ -36,13 +39,12 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "", lower: Callable[
     Raises:
         ModelError: the step cannot be traced; the layer it happened in, and why.
     """
-    trains = step.name == "train"
-    roles = ("parameter", "state", "slot", "state") if trains else ("state",) * len(step.variables)
-    weights = [Leaf(name=variable.path, role="parameter") for variable in step.fixed_variables]
-    for role, group in zip(roles, step.variables):
-        weights += [_variable_leaf(variable, role) for variable in group]
+    owners = [owner for group in (step.owners[0], *step.owners[1]) for owner in group]
+    weights = [_variable_leaf(name, owner) for name, owner in zip(step.names, owners)]
     held = weights[len(step.fixed_variables) :]
-    return trace(step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, lower=lower)
+    return trace(
+        step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, lower=lower, like=like
+    )
 
 
 def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str = "loss") -> Program:
@@ -94,6 +96,7 @@ def trace(
     results: Sequence[Leaf] = (),
     name: str = "",
     lower: Callable[[Any], Any] | None = None,
+    like: Program | None = None,
 ) -> Program:
     """The program of any step.
 
@@ -103,7 +106,7 @@ def trace(
         leaves: name and role of each of the arguments' leaves.
         results: for the last leaves of what it returns, the argument each replaces (or is the gradient of).
         name: of the model.
-        lower: as in `trace_step`.
+        lower, like: as in `trace_step`.
 
     Raises:
         ModelError: the function cannot be traced.
@@ -112,9 +115,9 @@ def trace(
         closed, _ = jaxpr_of(function, *shapes_of(arguments))
     except Exception as error:
         raise _untraceable(error, name) from error
-    named = _told_apart(leaves)
+    named = _named(leaves)
     held = [named[id(leaf)] for leaf in results]
-    program = describe(Walk(closed, list(named.values()), held), name)
+    program = describe(Walk(closed, list(named.values()), held), name, like)
     if lower is None:
         return program
     walk = Walk(lower(closed), list(named.values()), held)
@@ -164,8 +167,8 @@ def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
     return [Leaf(name=prefix + path if path else alone, role=role) for path in paths]
 
 
-def _variable_leaf(variable, role: str) -> Leaf:
-    return Leaf(name=variable.path, role="state" if role == "slot" and not variable.shape else role)
+def _variable_leaf(name: str, owner) -> Leaf:
+    return Leaf(name=name, role=owner.role, like=owner.path if owner.role == "slot" else "")
 
 
 def _batch_leaves(batch) -> list[Leaf]:
@@ -174,14 +177,10 @@ def _batch_leaves(batch) -> list[Leaf]:
     return [leaf for name, part in zip(names, parts) for leaf in tree_leaves(part, "input", name, f"{name}/")]
 
 
-def _told_apart(leaves: Sequence[Leaf]) -> dict[int, Leaf]:
+def _named(leaves: Sequence[Leaf]) -> dict[int, Leaf]:
     """Leaves by `id`, those of equal names numbered."""
-    seen: dict[str, int] = {}
-    named = {}
-    for leaf in leaves:
-        seen[leaf.name] = seen.get(leaf.name, 0) + 1
-        named[id(leaf)] = leaf if seen[leaf.name] == 1 else Leaf(name=f"{leaf.name}_{seen[leaf.name]}", role=leaf.role)
-    return named
+    names = told_apart(leaf.name for leaf in leaves)
+    return {id(leaf): replace(leaf, name=name) for leaf, name in zip(leaves, names)}
 
 
 def _untraceable(error: BaseException, name: str) -> ModelError:

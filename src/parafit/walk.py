@@ -19,10 +19,12 @@ class Leaf:
     Attributes:
         name: of a parameter, the path of its variable.
         role: one of `parafit.program.ROLES`.
+        like: of a slot, the name of the parameter that it lives like.
     """
 
     name: str
     role: str
+    like: str = ""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,6 +88,7 @@ class Record:
     Attributes:
         params: of its primitive.
         loop: the record of the innermost loop that it runs in, None outside of loops.
+        again: it repeats for the backward pass what the forward pass did.
     """
 
     primitive: str
@@ -105,6 +108,7 @@ class Record:
     absorbs: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
     loop: "Record | None" = None
+    again: bool = False
 
 
 class Walk:
@@ -128,6 +132,7 @@ class Walk:
         self._loop: Record | None = None
         self.arguments = [self._argument(var.aval, leaf) for var, leaf in zip(traced.jaxpr.invars, leaves)]
         self.batch = self._tie_rows()
+        self._tie_slots(leaves)
         outputs = self._jaxpr(traced.jaxpr, traced.consts, self.arguments, "", 1)
         for value in outputs:
             value.root().leaves = True
@@ -155,6 +160,12 @@ class Walk:
         for other in rows[1:]:
             self.dims.tie(rows[0], other)
         return rows[:1]
+
+    def _tie_slots(self, leaves: Sequence[Leaf]) -> None:
+        held = {value.name: value for value in self.arguments if value.role == "parameter"}
+        for leaf, slot in zip(leaves, self.arguments):
+            if leaf.like in held and held[leaf.like].shape == slot.shape:
+                self._tie(held[leaf.like].dims, slot.dims)
 
     def visited(self, equation, inputs: list[Value], outputs: list[Value]) -> None:
         """Called after every equation, at every depth: for those who look for something else than operations."""
@@ -306,9 +317,19 @@ class Walk:
             value.cheap = all(each.literal or each.root().cheap for each in inputs)
         if ours.kind == "matmul":
             record.shape = matmul_shape(params, shapes)
+            self._fix_minor(params, inputs)
         self._finish(record, outputs)
         self._hint(equation, record)
         return outputs
+
+    def _fix_minor(self, params: Mapping[str, Any], inputs: Sequence[Value]) -> None:
+        """Several dims of a kernel, such as heads and their size, go through a product as one: only the outermost of them can be split."""
+        sums, batch = params["dimension_numbers"]
+        for side, value in enumerate(inputs):
+            free = [place for place in range(len(value.dims)) if place not in {*sums[side], *batch[side]}]
+            for joined in (sorted(sums[side]), free) if value.root().role == "parameter" else ():
+                wide = [value.dims[place] for place in joined if value.shape[place] > 1]
+                self.dims.fix(wide[1:])
 
     def _record(self, primitive: str, kind: str, scope: str, inputs: list[Value], contracted: list[int], **options) -> Record:
         layer = _layer(scope) or _inherited(inputs)
@@ -318,6 +339,7 @@ class Walk:
             scope=scope,
             layer=layer,
             phase="backward" if "transpose(" in scope else "forward" if "jvp(" in scope else "",
+            again=_is_again(scope),
             inputs=inputs,
             outputs=[],
             flops=options.pop("flops", 0.0),
@@ -406,6 +428,20 @@ def _layer(scope: str) -> str:
     """
     plain = re.sub(r"\w+\(|\)", "", scope)
     return "/".join(part for part in plain.split("/") if part and part not in _TRANSFORMS and "->" not in part and "," not in part)
+
+
+def _is_again(scope: str) -> bool:
+    """Whether what a name stack is of belongs to a forward pass inside a backward pass.
+
+    >>> _is_again("transpose(jvp(jvp()))/rematted_computation/dense"), _is_again("transpose(jvp())/jvp(dense)/while/body")
+    (True, True)
+    >>> _is_again("transpose(jvp())/transpose(jvp(dense))"), _is_again("jvp(dense)")
+    (False, False)
+    """
+    _, backward, inner = scope.partition("transpose(")
+    parts = inner.split("/")[1:]
+    repeats = "rematted_computation" in parts or any(part.startswith("jvp(") for part in parts)
+    return bool(backward) and repeats and not any(part.startswith("transpose(") for part in parts)
 
 
 _TRANSFORMS = {"rematted_computation", "checkpoint", "while", "body", "cond", "closed_call"}
