@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh
 
 from parafit import compat
 from parafit.adapt import State, Step, remembered
@@ -119,7 +120,7 @@ def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) 
         options = compiler_options(closed, seldom=seldom)
         closed = rewrite_jaxpr(closed)
     if placement.mesh is not None:
-        closed = _evenly(closed, step, fixed, state, batch, outputs, placement)
+        closed = _evenly(closed, step, fixed, state, batch, outputs, placement, placement.mesh)
     flat = compat.jaxpr_as_function(closed)
     structure = jax.tree.structure((outputs, new_state))
     owners = step.owners
@@ -135,14 +136,14 @@ def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) 
     return run_step, outputs, options
 
 
-def _evenly(closed: ClosedJaxpr, step: Step, fixed, state, batch, outputs, placement: Placement) -> ClosedJaxpr:
+def _evenly(closed: ClosedJaxpr, step: Step, fixed, state, batch, outputs, placement: Placement, mesh: Mesh) -> ClosedJaxpr:
     """The traced step with no array split unevenly under the plan."""
     owners = step.owners
     given = jax.tree.map(placement.computed, owners, (fixed, state)), jax.tree.map(lambda leaf: placement.batch(leaf.shape), batch)
     predicted = jax.tree.map(lambda leaf: placement.batch(leaf.shape) if step.name == "predict" else None, outputs)
     left = predicted, jax.tree.map(placement.stored, owners[1], state)
     leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)  # noqa: E731
-    return evenly(closed, placement.mesh, given=leaves(given), left=leaves(left))
+    return evenly(closed, mesh, given=leaves(given), left=leaves(left))
 
 
 def _run_many(run_step: Callable, capacity: int, *, guarded: bool) -> Callable:

@@ -116,8 +116,8 @@ class _Constrainer(Pass):
         for side, dim in _along(equation):
             needed[side].add(dim)
         reached = {side: self._reach.axes(equation.invars[side]) for side in needed}
-        needed = {side: {dim for dim in dims if reached[side] and reached[side][dim]} for side, dims in needed.items()}
-        return {side: dims for side, dims in needed.items() if dims}
+        whole = {side: {dim for dim in dims if reached[side] and reached[side][dim]} for side, dims in needed.items()}
+        return {side: dims for side, dims in whole.items() if dims}
 
     def _uneven(self, var: Any) -> list[int]:
         """The dimensions that axes may reach and do not divide."""
