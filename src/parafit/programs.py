@@ -38,7 +38,7 @@ def keep_programs(jax: Any) -> None:
     for name, value in settings.items():
         if not chosen_by_user(name):
             jax.config.update(name, value)
-    folder = Path("programs", f"jaxlib-{sys.modules['jaxlib'].__version__}-{processor_kind()}")
+    folder = Path("programs", f"jaxlib-{jax.lib.__version__}-{processor_kind()}")
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
     _serve(str(cache_directory() / folder), lambda: Programs(private_folder(cache_directory(), *folder.parts)))
 

@@ -15,9 +15,9 @@ def jaxlib_version() -> tuple[int, ...]:
     >>> jaxlib_version() >= (0, 10)
     True
     """
-    import jaxlib
+    from jax.lib import __version__
 
-    return tuple(int(number) for number in re.findall(r"\d+", jaxlib.__version__)[:3])
+    return tuple(int(number) for number in re.findall(r"\d+", __version__)[:3])
 
 
 def knows_memory() -> bool:
