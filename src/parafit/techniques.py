@@ -10,7 +10,7 @@ import numpy as np
 
 from parafit.adapt import Parts, Step
 from parafit.errors import PlanError
-from parafit.layout import Owner
+from parafit.layout import Owner, pieces
 from parafit.mesh import Placement
 from parafit.segments import in_segments
 
@@ -159,19 +159,18 @@ def _rows(batch: Any) -> int:
 def _cut(batch: Any, rows: int, placement: Placement) -> tuple[Any, Any]:
     """Microbatches stacked along a new first dimension, and the rows that are left, None where there are none.
 
-    Where everything divides, each device cuts its own share of the batch, so that no rows move. Elsewhere the microbatches are as large
-    as divides over the devices, and what is left over is a smaller one, whole on every device where it has to be.
+    Where everything divides, each device cuts its own share of the batch, so that no rows move. Elsewhere they are those of
+    `layout.pieces`.
     """
     devices, count = placement.batch_parts, placement.plan.microbatches
     if rows % (devices * count) == 0:
         shape = (devices, count, rows // (devices * count))
         return jax.tree.map(lambda array: _own_shares(array, shape), batch), None
-    size = -(-rows // (devices * count)) * devices
-    size = size if size <= rows else -(-rows // count)
-    whole = rows // size
+    first, *rest = pieces(rows, placement.plan)
+    end = first.count * first.rows
     batch = placement.replicate(batch)
-    parts = jax.tree.map(lambda array: array[: whole * size].reshape((whole, size, *array.shape[1:])), batch)
-    return parts, jax.tree.map(lambda array: array[whole * size :], batch) if rows % size else None
+    parts = jax.tree.map(lambda array: array[:end].reshape((first.count, first.rows, *array.shape[1:])), batch)
+    return parts, jax.tree.map(lambda array: array[end:], batch) if rest else None
 
 
 def _own_shares(array, shape: tuple[int, int, int]):
