@@ -53,7 +53,7 @@ class _Reach(Walk):
 
     def axes(self, var: Any) -> list[frozenset[str]]:
         """For each dimension of a variable, the axes that may split it."""
-        found = zip(*([self._axes.get(self.dims.major(dim), frozenset()) for dim in dims] for dims in self._dims_of[var]))
+        found = zip(*([self._axes.get(self._split_part(dim), frozenset()) for dim in dims] for dims in self._dims_of[var]))
         return [frozenset().union(*each) for each in found]
 
     def visited(self, equation, inputs: list[Value], outputs: list[Value]) -> None:
@@ -69,20 +69,26 @@ class _Reach(Walk):
             if axes and axes is not PartitionSpec.UNCONSTRAINED:
                 self._splits.append((dim, (axes,) if isinstance(axes, str) else axes))
 
-    def _spread(self) -> Mapping[int | None, frozenset[str]]:
-        """The axes that reach each outermost factor, over any number of links."""
-        neighbours: defaultdict[int | None, set[int | None]] = defaultdict(set)
+    def _spread(self) -> Mapping[int, frozenset[str]]:
+        """The axes that reach each part, over any number of links."""
+        neighbours: defaultdict[int, set[int]] = defaultdict(set)
         for one, other in self._links:
-            neighbours[self.dims.major(one)].add(self.dims.major(other))
-            neighbours[self.dims.major(other)].add(self.dims.major(one))
-        reached: defaultdict[int | None, frozenset[str]] = defaultdict(frozenset)
-        waiting = [(self.dims.major(dim), frozenset(axes)) for dim, axes in self._splits]
+            one, other = self._split_part(one), self._split_part(other)
+            neighbours[one].add(other)
+            neighbours[other].add(one)
+        reached: defaultdict[int, frozenset[str]] = defaultdict(frozenset)
+        waiting = [(self._split_part(dim), frozenset(axes)) for dim, axes in self._splits]
         while waiting:
-            factor, axes = waiting.pop()
-            if factor is not None and not axes <= reached[factor]:
-                reached[factor] |= axes
-                waiting += [(neighbour, reached[factor]) for neighbour in neighbours[factor]]
+            part, axes = waiting.pop()
+            if not axes <= reached[part]:
+                reached[part] |= axes
+                waiting += [(neighbour, reached[part]) for neighbour in neighbours[part]]
         return reached
+
+    def _split_part(self, dim: int) -> int:
+        """What a split of a dimension splits: its outermost factor; of a dimension of size 1, which has none, the dimension, as -1, -2, ..."""
+        factor = self.dims.major(dim)
+        return -1 - dim if factor is None else factor
 
 
 class _Constrainer(Pass):
