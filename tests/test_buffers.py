@@ -202,7 +202,7 @@ def test_a_program_for_another_machine_knows_no_buffers():
 
 def test_what_a_jaxlib_of_which_nothing_is_known_holds_is_estimated(monkeypatch):
     def buffers(version):
-        monkeypatch.setattr("jax.lib.__version__", version)
+        monkeypatch.setattr("jaxlib.version.__version__", version)
         program, _ = keras_program(NETWORKS["wide"]()[0], here=True)
         return bool(program.buffers), price(program, Plan(), Machine.load("h100x8").of(1)).peak_bytes > 0
 

@@ -15,7 +15,7 @@ def jaxlib_version() -> tuple[int, ...]:
     >>> jaxlib_version() >= (0, 10)
     True
     """
-    from jax.lib import __version__
+    from jaxlib.version import __version__
 
     return tuple(int(number) for number in re.findall(r"\d+", __version__)[:3])
 
