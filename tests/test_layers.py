@@ -131,7 +131,8 @@ parafit.fit(model, np.ones((20, 3)), np.ones((20, 2)), batch_size=8, verbose=0)
 def test_keras_loads_its_plots_and_wrappers_when_they_are_used():
     script = """
 import pickle, sys, parafit, keras
-assert not {"sklearn", "matplotlib", "scipy.stats"} & set(sys.modules), "importing keras loads packages it does not need yet"
+slow = {"sklearn", "matplotlib"} | ({"scipy.stats"} if keras.__version__ < "3.16" else set())  # Keras 3.16 reads sound with scipy.signal
+assert not slow & set(sys.modules), "importing keras loads packages it does not need yet"
 assert issubclass(keras.wrappers.SKLearnClassifier, __import__("sklearn.base").base.BaseEstimator)
 estimator = keras.wrappers.SKLearnClassifier(print)
 assert type(pickle.loads(pickle.dumps(estimator))) is keras.src.wrappers.SKLearnClassifier is keras.wrappers.SKLearnClassifier
