@@ -156,7 +156,7 @@ def _sources(array: Array, same: bool) -> list[tuple[Array, Array, bool]]:
     return [(array, source, same and source.value.size == array.value.size) for source in reversed(array.reads)]
 
 
-_ELSEWHERE = frozenset({"transpose", "rev", "concatenate", "pad", "slice", "dynamic_slice", "gather"})
+_ELSEWHERE = frozenset({"transpose", "rev", "concatenate", "stack", "unstack", "pad", "slice", "dynamic_slice", "gather"})
 """What brings numbers to other places, so that it cannot be done in place."""
 
 

@@ -86,7 +86,7 @@ class _Reach(Walk):
         return reached
 
     def _split_part(self, dim: int) -> int:
-        """What a split of a dimension splits: its outermost factor; of a dimension of size 1, which has none, the dimension, as -1, -2, ..."""
+        """What a split of a dimension splits: its outermost factor, or where the size is 1 and there is none, itself, as -1, -2, ..."""
         factor = self.dims.major(dim)
         return -1 - dim if factor is None else factor
 

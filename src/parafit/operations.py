@@ -173,7 +173,7 @@ _KNOWN: dict[str, Behaviour] = {
     **_all("reshape squeeze expand_dims", _moves(ties.reshape, alias=True)),
     "rev": _moves(ties.reverse),
     "concatenate": _moves(ties.concatenate),
-    "stack": _moves(ties.stack),
+    "stack": Behaviour(kind="move", rule=ties.stack, flops=_none),  # written down: XLA:CPU computes nothing inside it
     "unstack": _moves(ties.unstack),
     "pad": _moves(ties.pad),
     **_all("slice split dynamic_slice tile", _moves(ties.crop)),
