@@ -1,7 +1,17 @@
-"""Every test runs on 8 simulated CPU devices, with Keras' global state put back afterwards."""
+"""Every test runs on 8 simulated CPU devices, in code that is compiled quickly, with Keras' global state put back afterwards."""
+
+# ruff: noqa: E402  (the flags come before the packages that read them)
+import os
+
+import jaxlib
+
+# What tests compare does not depend on how well the compiler optimises, and most of their time is compiling.
+_QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if jaxlib.__version__ < "0.11":  # newer ones end the process at a flag that they no longer have
+    _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))
 
 import parafit  # noqa: F401  # isort: skip  (chooses Keras' backend, so it comes first)
-
 
 import jax
 import keras
@@ -9,7 +19,7 @@ import numpy as np
 import pytest
 from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
-from parafit import calibrate, residuals
+from parafit import calibrate, chunk, residuals
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -42,6 +52,14 @@ def float64(monkeypatch):
     with jax.enable_x64(True):
         yield
     keras.config.set_floatx(before)
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Programs compiled as users get them, for a test of what the compiler makes of them."""
+    as_users = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True}
+    compiled = chunk.compiled
+    monkeypatch.setattr(chunk, "compiled", lambda lowered, options: compiled(lowered, as_users | options))
 
 
 @pytest.fixture

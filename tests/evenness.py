@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from parafit import chunk
 
@@ -45,11 +46,16 @@ def read_splits(monkeypatch) -> Iterator[Splits]:
 
     monkeypatch.setattr(chunk, "compiled", compiled)
     cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    _use_cache(False)  # a program from there was not compiled, and left no text
     try:
         yield found
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        _use_cache(cached)
+
+
+def _use_cache(wanted: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    compilation_cache.reset_cache()  # JAX asks once whether to use it
 
 
 def uneven_lines(text: str) -> list[str]:

@@ -217,6 +217,7 @@ def test_convolutions_are_not_given_to_the_library_that_runs_them_on_one_thread(
     assert not any(" convolution(" in each and each.strip().startswith("%fused") for each in computations)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_order_that_holds_least_changes_no_value(monkeypatch):
     def fitted(frugal):
         monkeypatch.setattr("parafit.schedule.saves_memory", lambda traced: frugal)

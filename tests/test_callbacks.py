@@ -160,6 +160,7 @@ def test_csv_logger(tmp_path):
     assert float(rows[1]["loss"]) == pytest.approx(model.history.history["loss"][1])
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("frequency", ["epoch", 4])
 def test_model_checkpoints_hold_the_weights_of_their_batch(frequency, tmp_path):
     saved = []

@@ -103,7 +103,7 @@ def test_a_step_that_cannot_be_planned_runs_on_one_device(monkeypatch, eight_dev
         raise ProgramError("no such operation")
 
     monkeypatch.setattr(forecast, "step_program", fails)
-    parafit.fit(network(256), *data(512), batch_size=256, verbose=0)
+    parafit.fit(network(256), *data(512), batch_size=256, verbose=2)
     assert plans == ["single"]
     assert "one device, for no plan could be made: no such operation" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -234,8 +235,22 @@ def _matched_inputs(model: Any, inputs: Any, x: Any) -> list[tuple[Any, _Leaf]]:
     return list(zip(tensors.values(), leaves)) if isinstance(inputs, (list, tuple)) or len(tensors) == 1 else []
 
 
+_OUTPUTS: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+"""By model, and shapes of what it takes: its variables, by which it is known to be as it was, and its outputs."""
+
+
 def _traced_outputs(model: Any, x: Any, rows: int | None) -> Any:
-    """The outputs of a model that only tells when it is called; None where it cannot be called so."""
+    """The outputs of a model that only tells when it is called, which it is once; None where it cannot be called so."""
+    leaves, structure = jax.tree.flatten(x)
+    key = structure, rows, tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
+    variables, outputs = _OUTPUTS.setdefault(model, {}).get(key, ((), None))
+    if not variables or len(variables) != len(model.variables) or any(one is not other for one, other in zip(variables, model.variables)):
+        outputs = _trace_outputs(model, x, rows)
+        _OUTPUTS[model][key] = list(model.variables), outputs
+    return outputs
+
+
+def _trace_outputs(model: Any, x: Any, rows: int | None) -> Any:
     specs = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((rows or len(leaf), *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)), x
     )

@@ -166,9 +166,11 @@ def _passages(equation: JaxprEqn) -> Iterator[tuple[Place, Place]]:
         outside = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
         yield from (((2, one), (0, other)) for one, other in zip(numbers.update_window_dims, _without(result, outside)))
     elif name not in ("broadcast_in_dim", "transpose", "dot_general"):
+        repeats = behaviour(name).kind == "elementwise"  # a size of 1, as often as the other operand is long
         for side, shape in enumerate(operands):
             alike = [place for place, var in enumerate(equation.outvars) if len(_shape(var)) == len(shape)]
-            yield from (((side, dim), (place, dim)) for place in alike for dim in range(len(shape)))
+            dims = [dim for dim, size in enumerate(shape) if not repeats or size == result[dim]] if alike else []
+            yield from (((side, dim), (place, dim)) for place in ([side] if name == "optimization_barrier" else alike) for dim in dims)
 
 
 def _along(equation: JaxprEqn) -> Iterator[Place]:

@@ -83,8 +83,9 @@ def _recomputed_in_loop(segment: Callable, moving: set[int]) -> Callable:
 
             return turn + 1, jax.vjp(of_smooth, *(held[index] for index in smooth))[1](gradients)
 
-        first = next(value for value in gradients if value.dtype != jax.dtypes.float0).reshape(-1)[0]
-        turns = 1 + (first != first).astype(jnp.int32)
+        # Summed, for to take one number out of an array that is split, XLA would gather it whole.
+        total = jnp.sum(min((value for value in gradients if value.dtype != jax.dtypes.float0), key=lambda value: value.size))
+        turns = 1 + (total != total).astype(jnp.int32)
         start = jnp.int32(0), tuple(jnp.zeros_like(inputs[index]) for index in smooth)
         found = dict(zip(smooth, jax.lax.while_loop(lambda carry: carry[0] < turns, again, start)[1]))
         return tuple(found.get(index) for index in range(len(inputs)))
