@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet install --constraint $(
 DIST := dist
 TESTS :=
 
-.PHONY: demo test test-all keras-tests check bench dist docs clean
+.PHONY: demo test test-all keras-tests fuzz check bench dist docs clean
 
 demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
@@ -21,6 +21,11 @@ test-all: $(VENV)/.test  ## every test: a quarter of an hour more
 
 keras-tests: $(VENV)/.test  ## Keras' own tests with parafit's fit, evaluate and predict in place: about ten minutes
 	$(RUN) -m tests.keras_suite
+
+SEED ?= 0
+MINUTES ?= 10
+fuzz: $(VENV)/.test  ## random networks on random plans against one device: make fuzz SEED=0 MINUTES=60
+	$(RUN) -m tests.fuzz --seed $(SEED) --minutes $(MINUTES)
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(RUN) -m ruff format --check .
