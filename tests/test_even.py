@@ -153,6 +153,22 @@ def test_gradients_of_sorting_and_looking_up(read, dtype):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("plan", ["data=2,tensor=2", "data=2,tensor=2,zero=3", "data=4,microbatches=2"])
+def test_batches_of_one_row(plan, capsys):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 12)).astype("float32"), rng.integers(0, 3, 3)
+    told = {}
+    for each in ("single", plan):
+        keras.utils.set_random_seed(5)
+        model = keras.Sequential([keras.Input((12,)), layers.Dense(16, "tanh"), layers.Dense(3, "softmax")])
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        parafit.fit(model, x, y, batch_size=1, verbose=2, plan=each)
+        told[each] = model.get_weights()
+    assert "does not divide a batch of 1 row" in capsys.readouterr().out
+    for many, one in zip(told[plan], told["single"], strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("plan", ["data=3,microbatches=2", "data=8,microbatches=2", "data=4,zero=2,microbatches=3"])
 def test_microbatches_that_do_not_divide(plan, monkeypatch):

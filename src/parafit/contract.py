@@ -316,7 +316,7 @@ def _regathered(shares: Shares) -> Iterator[Collective]:
 def _recut(shares: Shares) -> Iterator[Collective]:
     """A batch that devices and microbatches do not divide: gathered before it is cut."""
     plan, axis = shares.plan, shares.plan.compute.get("batch")
-    if axis and plan.microbatches > 1 and shares.program.sizes["batch"] % (plan.axes[axis] * plan.microbatches):
+    if axis and plan.microbatches > 1 and shares.program.sizes.get("batch", 1) % (plan.axes[axis] * plan.microbatches):
         for tensor in shares.program.of_role("input"):
             yield Collective(kind=ALL_GATHER, axis=axis, bytes=tensor.bytes, source=tensor.name)
 

@@ -181,7 +181,7 @@ def undivided(rows: int, plan: Plan) -> str:
     parts = f" in {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
     which = "all of them" if left == rows else f"{left} of them"
     return (
-        f"{axis}={plan.axes[axis]} does not divide a batch of {rows} rows{parts}: "
+        f"{axis}={plan.axes[axis]} does not divide a batch of {rows} row{'s' * (rows > 1)}{parts}: "
         f"every device computes {which}, {more:.2g} times its part ({sizes} rows would be split)"
     )
 
@@ -262,7 +262,8 @@ def _meet(program: Program, one: str, other: str) -> bool:
 
 
 def _check_dim(program: Program, dim: str, axis: str, size: int) -> None:
-    if dim == AXES["pipeline"] and axis == "pipeline":
+    one_row = dim == AXES["data"] and dim not in program.sizes  # a batch of one row has no dim, and is whole
+    if one_row or (dim == AXES["pipeline"] and axis == "pipeline"):
         return
     if dim not in program.sizes:
         known = ", ".join(sorted(name for name in program.sizes if name))
