@@ -49,6 +49,8 @@ CUT = {
         lambda x: jnp.zeros(5).at[(x[:, 1:] > 0).astype(int).reshape(-1)].add(x[:, 1:].reshape(-1)),
         (numbers(4, 8), ("data", "tensor")),
     ),
+    "stack": (lambda x: jnp.tanh(x) * jnp.stack([x[0] * k for k in range(4)]), (numbers(4, 8), ("data", "tensor"))),
+    "unstack": (lambda x: jnp.tanh(sum(jnp.unstack(x, axis=1))), (numbers(4, 8), ("data", "tensor"))),
     "first": (lambda x: jnp.pad(x.reshape(-1)[:1] * 2, (0, 15)) + 1, (numbers(4, 8), ("data", "tensor"))),
     "window of a gather": (lambda x: jax.lax.dynamic_slice(x, (0, 1), (4, 7)) * 2, (numbers(4, 8), ("data", "tensor"))),
 }

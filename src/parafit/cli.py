@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from parafit.cluster import quiet_tensorflow
 from parafit.errors import ParafitError
 
 _FAILED, _INTERRUPTED = 2, 130
@@ -13,7 +12,6 @@ _FAILED, _INTERRUPTED = 2, 130
 
 def main() -> None:
     """Run the command line and exit: 0 done, 2 for input that cannot be used, 130 after Ctrl-C."""
-    quiet_tensorflow()
     try:
         sys.exit(commands.main(standalone_mode=False))
     except click.ClickException as error:

@@ -12,11 +12,6 @@ def prepare() -> None:
         os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
-def quiet_tensorflow() -> None:
-    """Let TensorFlow, which Keras imports where it is installed, say nothing when it starts, unless the user wants to hear it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-
 def computes_on_processor() -> bool:
     """Whether JAX will compute on the processor: it was told so, or has no plugin for anything else. Asking JAX would start its threads."""
     jax = sys.modules.get("jax")

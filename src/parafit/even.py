@@ -106,15 +106,16 @@ class _Constrainer(Pass):
         for place, dims in self._needed_whole(equation).items():
             invars[place] = Var(equation.invars[place].aval)
             before.append(self._constraint(equation, equation.invars[place], invars[place], dims))
-        for place, var in enumerate(equation.outvars):
-            if dims := self._uneven(var):
+        for place, dims in enumerate(self._whole_results(equation)):
+            if dims:
+                var = equation.outvars[place]
                 outvars[place] = Var(var.aval)
                 after.append(self._constraint(equation, outvars[place], var, dims))
         return [*before, equation.replace(invars=invars, outvars=outvars) if before or after else equation, *after]
 
     def _needed_whole(self, equation: JaxprEqn) -> dict[int, set[int]]:
         """By operand, the dimensions that its results need whole: they make uneven ones, or the operation works along them."""
-        uneven = [self._uneven(var) for var in equation.outvars]
+        uneven = self._whole_results(equation)
         needed: defaultdict[int, set[int]] = defaultdict(set)
         for (side, dim), (result, other) in _passages(equation):
             if other in uneven[result]:
@@ -124,6 +125,13 @@ class _Constrainer(Pass):
         reached = {side: self._reach.axes(equation.invars[side]) for side in needed}
         whole = {side: {dim for dim in dims if reached[side] and reached[side][dim]} for side, dims in needed.items()}
         return {side: dims for side, dims in whole.items() if dims}
+
+    def _whole_results(self, equation: JaxprEqn) -> list[list[int]]:
+        """By result, the dimensions that axes may reach and must not split: they do not divide it, or it is put together of single rows."""
+        found = [self._uneven(var) for var in equation.outvars]
+        if equation.primitive.name == "stack" and self._reach.axes(equation.outvars[0])[equation.params["axis"]]:
+            found[0] = sorted({*found[0], equation.params["axis"]})
+        return found
 
     def _uneven(self, var: Any) -> list[int]:
         """The dimensions that axes may reach and do not divide."""
@@ -186,7 +194,10 @@ def _along(equation: JaxprEqn) -> Iterator[Place]:
             yield side, along % rank
 
 
-_ALONG = {"sort": "dimension", **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k"), "axis")}
+_ALONG = {
+    "sort": "dimension",
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k", "unstack"), "axis"),
+}
 
 
 def _runs_others(equation: JaxprEqn) -> bool:
