@@ -129,8 +129,9 @@ class _Constrainer(Pass):
     def _whole_results(self, equation: JaxprEqn) -> list[list[int]]:
         """By result, the dimensions that axes may reach and must not split: they do not divide it, or it is put together of single rows."""
         found = [self._uneven(var) for var in equation.outvars]
-        if equation.primitive.name == "stack" and self._reach.axes(equation.outvars[0])[equation.params["axis"]]:
-            found[0] = sorted({*found[0], equation.params["axis"]})
+        if equation.primitive.name == "stack":
+            place, reached = equation.params["axis"], self._reach.axes(equation.outvars[0])
+            found[0] += [place] if reached and reached[place] and place not in found[0] else []
         return found
 
     def _uneven(self, var: Any) -> list[int]:
