@@ -1,6 +1,7 @@
 """Finds uneven splits in compiled programs: the compiler's own text of a program between spreading its splits and cutting it up."""
 
 import contextlib
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -74,10 +75,26 @@ def _uneven(name: str, types: str, rest: str) -> Iterator[str]:
     sharding = _braced(rest)
     splits = _parts(sharding) if sharding.startswith("{{") else [sharding] * len(shapes)
     for shape, split in zip(shapes, splits, strict=True):
-        parts = re.search(r"devices=\[([\d,]+)\]", split)
-        assert parts or "replicated" in split or "maximal" in split or "manual" in split, f"cannot read the split {split!r}"
-        if any(size % int(part) for size, part in zip(shape, parts[1].split(",") if parts else ())):
+        if any(size % part for size, part in zip(shape, _tiles(split))):
             yield f"{types} {name} {split}"
+
+
+def _tiles(split: str) -> list[int]:
+    """Into how many parts each dimension is split, written as a count or, since JAX 0.12, by the axes of a mesh.
+
+    >>> _tiles("{devices=[2,1,2]<=[4] last_tile_dim_replicate}"), _tiles("{replicated}")
+    ([2, 1, 2], [])
+    >>> _tiles("{mesh['data'=2,'tensor'=4], [{'data', 'tensor':(1)2}, {}], replicated={'a'}}")
+    [4, 1]
+    """
+    if counted := re.search(r"devices=\[([\d,]+)\]", split):
+        return [int(size) for size in counted[1].split(",")]
+    if named := re.search(r"mesh\[([^\]]*)\].*?, \[(.*?)\]", split):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        dims = [re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", dim) for dim in re.findall(r"\{([^}]*)\}", named[2])]
+        return [math.prod(int(part or sizes[axis]) for axis, part in dim) for dim in dims]
+    assert any(word in split for word in ("replicated", "maximal", "manual", "mesh[")), f"cannot read the split {split!r}"
+    return []
 
 
 def _braced(text: str) -> str:

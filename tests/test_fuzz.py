@@ -12,6 +12,8 @@ from tests.fuzz.run import run
 
 DRAWN = (2, 3, 6, 16)
 
+pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # Keras in float64, on JAX 0.12
+
 
 def verdict(case):
     return run(definition=case.definition, plan=case.plan, batch_size=case.batch_size, single=case.single)
