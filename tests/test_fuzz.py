@@ -12,7 +12,7 @@ from tests.fuzz.run import run
 
 DRAWN = (2, 3, 6, 16)
 
-pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # Keras in float64, on JAX 0.12
+pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # Flax's BatchNorm in float64
 
 
 def verdict(case):
