@@ -1,7 +1,7 @@
 """No array of a program is split unevenly.
 
 XLA fills up what an axis does not divide, and at times counts the filling: scatters add it to row 0 as soon as the mesh has a second axis,
-and the gradients of `sort` and `take` abort the process (JAX 0.10 and 0.12, both partitioners). What enters and leaves a step is split
+and the gradients of `sort` and `take` abort the process (JAX 0.10, both partitioners). What enters and leaves a step is split
 evenly by `mesh.Placement`; here the arrays in between are. XLA spreads the splits that it is given from array to array, through slices,
 concatenations and reshapes too, to dimensions that their axes do not divide: these are kept whole.
 """
