@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
-from parafit import calibrate, chunk, residuals
+from parafit import backends
+from parafit.backends.cpu.backend import CpuBackend
+from parafit.calibration import calibrate, history
 
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("shared", deadline=None)  # other work on the machine is no failure
@@ -38,7 +40,7 @@ def _same_start():
 def _own_residuals(monkeypatch, tmp_path_factory):
     """Scores of the tests' fits stay out of the user's, and the user's calibration out of the tests."""
     path = tmp_path_factory.mktemp("residuals") / "residuals.jsonl"
-    monkeypatch.setattr(residuals, "residuals_path", lambda: path)
+    monkeypatch.setattr(history, "residuals_path", lambda: path)
     monkeypatch.setattr(calibrate, "is_calibrated", lambda: False)
 
 
@@ -57,12 +59,19 @@ def float64(monkeypatch):
     keras.config.set_floatx(before)
 
 
+class AsUsers(CpuBackend):
+    """Compiles as thoroughly as JAX does by itself."""
+
+    def compile(self, lowered, options):
+        thorough = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True}
+        return super().compile(lowered, thorough | options)
+
+
 @pytest.fixture
-def optimised(monkeypatch):
+def optimised():
     """Programs compiled as users get them, for a test of what the compiler makes of them."""
-    as_users = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True}
-    compiled = chunk.compiled
-    monkeypatch.setattr(chunk, "compiled", lambda lowered, options: compiled(lowered, as_users | options))
+    with backends.using(AsUsers()):
+        yield
 
 
 @pytest.fixture

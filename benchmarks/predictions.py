@@ -28,17 +28,17 @@ import numpy as np
 from keras import layers
 
 from benchmarks import surroundings
-from parafit.adapt import KerasModel
-from parafit.calibrate import calibrate, here
-from parafit.chunk import find_chunk
-from parafit.cost import Cost, price
-from parafit.data import Feed
-from parafit.machine import Machine
-from parafit.mesh import Placement
-from parafit.plan import Plan
-from parafit.planner import step_program
-from parafit.residuals import Residual, correction
-from parafit.software import Software
+from parafit.adapters.keras import KerasModel
+from parafit.calibration.calibrate import calibrate, here
+from parafit.calibration.history import Residual, correction
+from parafit.data.feed import Feed
+from parafit.execution.compiled import find_chunk
+from parafit.placement import Placement
+from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.framework import Software
+from parafit.planner.machine.machine import Machine
+from parafit.planner.plan import Plan
+from parafit.planning import step_program
 
 EPOCHS = 12
 """Epochs timed after one that is not; their median counts."""

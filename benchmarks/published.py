@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.published_doubts import doubts
 from benchmarks.published_tables import TABLES, Case, Row, SkippedError, price_of
-from parafit.cost import Cost
+from parafit.planner.cost.cost import Cost
 
 DEFAULT_TABLES = (Path(__file__).parents[1] / "published", Path(__file__).parents[2] / "shared" / "published")
 

@@ -3,9 +3,9 @@
 import math
 from dataclasses import replace
 
-from parafit.networks import Transformer
-from parafit.plan import Plan
-from parafit.software import Software
+from parafit.planner.cost.framework import Software
+from parafit.planner.networks import Transformer
+from parafit.planner.plan import Plan
 
 
 class SkippedError(Exception):

@@ -19,11 +19,11 @@ from benchmarks.published_software import (
     SkippedError,
     nanotron,
 )
-from parafit.cost import Cost, price
-from parafit.machine import Machine
-from parafit.networks import Transformer, transformer
-from parafit.plan import STORED, Plan
-from parafit.software import Software
+from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.framework import Software
+from parafit.planner.machine.machine import Machine
+from parafit.planner.networks import Transformer, transformer
+from parafit.planner.plan import STORED, Plan
 
 Row = dict[str, str]
 

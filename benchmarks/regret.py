@@ -20,14 +20,14 @@ import numpy as np
 
 from benchmarks import surroundings
 from benchmarks.predictions import CASES, Case, arrays_for, typical_seconds
-from parafit.adapt import KerasModel
-from parafit.calibrate import core_count
-from parafit.data import Feed
+from parafit.adapters.keras import KerasModel
+from parafit.calibration.calibrate import core_count
+from parafit.data.feed import Feed
 from parafit.errors import PlanError
 from parafit.forecast import best_plan, programs
 
 STEPS, EPOCHS = 40, 6
-"""Of a fit: epochs enough for data that steps look up themselves where that is faster (`parafit.mesh.LOOKED_UP_EPOCHS`)."""
+"""Of a fit: epochs enough for data that steps look up themselves where that is faster (`parafit.placement.LOOKED_UP_EPOCHS`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from parafit import chunk
+from parafit import backends
+from parafit.backends.cpu.backend import CpuBackend
 
 _PASS = "spmd-partitioning"
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) [\w\-]+\(.*?, sharding=(.*)$")
@@ -32,26 +33,31 @@ class Splits:
 
 
 @contextlib.contextmanager
-def read_splits(monkeypatch) -> Iterator[Splits]:
+def read_splits() -> Iterator[Splits]:
     """Reads the splits of all programs that are compiled within."""
     found = Splits()
-    compile_program = chunk.compiled
-
-    def compiled(lowered, options):
-        with tempfile.TemporaryDirectory() as folder:
-            program = compile_program(lowered, {**options, "xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS})
-            texts = [path.read_text() for path in Path(folder).glob(f"*before_{_PASS}*")]
-        found.programs += len(texts)
-        found.uneven += [line for text in texts for line in uneven_lines(text)]
-        return program
-
-    monkeypatch.setattr(chunk, "compiled", compiled)
     cached = jax.config.jax_enable_compilation_cache
     _use_cache(False)  # a program from there was not compiled, and left no text
     try:
-        yield found
+        with backends.using(_Reading(found)):
+            yield found
     finally:
         _use_cache(cached)
+
+
+class _Reading(CpuBackend):
+    """Compiles as XLA:CPU is asked to, and reads what comes between."""
+
+    def __init__(self, found: Splits):
+        self._found = found
+
+    def compile(self, lowered, options):
+        with tempfile.TemporaryDirectory() as folder:
+            program = super().compile(lowered, {**options, "xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS})
+            texts = [path.read_text() for path in Path(folder).glob(f"*before_{_PASS}*")]
+        self._found.programs += len(texts)
+        self._found.uneven += [line for text in texts for line in uneven_lines(text)]
+        return program
 
 
 def _use_cache(wanted: bool) -> None:

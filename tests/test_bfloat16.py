@@ -12,9 +12,9 @@ from jax import lax
 from keras import layers
 
 import parafit
-from parafit.chunk import Chunk
 from parafit.errors import PlanError
-from parafit.rewrite import in_bfloat16
+from parafit.execution.compiled import Chunk
+from parafit.techniques.bfloat16 import in_bfloat16
 
 BOUND = 1e-4
 """By how much of their norm weights of two layouts may differ. Sums in another order may tip an operand to its other neighbour in bfloat16,

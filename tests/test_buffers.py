@@ -1,5 +1,7 @@
 """What a step is said to hold in memory against what XLA:CPU's own analysis says of the compiled program."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -8,21 +10,22 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit.adapt import KerasModel
-from parafit.chunk import find_chunk
-from parafit.cost import price
-from parafit.data import Feed
-from parafit.machine import Machine
-from parafit.mesh import Placement
-from parafit.plan import Plan
-from parafit.planner import keras_program
-from parafit.prices import Prices
-from parafit.program import BUFFERED
-from parafit.rewrite import rewrite_jaxpr
-from parafit.trace import trace, trace_step, tree_leaves
+from parafit.adapters.keras import KerasModel
+from parafit.backends.cpu.stored import stored
+from parafit.data.feed import Feed
+from parafit.execution.compiled import find_chunk
+from parafit.placement import Placement
+from parafit.planner.cost.cost import price
+from parafit.planner.machine.machine import Machine
+from parafit.planner.plan import Plan
+from parafit.planner.program import BUFFERED
+from parafit.planner.search.memo import Prices
+from parafit.planning import keras_program
+from parafit.tracing.trace import trace, trace_step, tree_leaves
 from tests.zoo import ZOO
 
 STEPS = 4
+as_traced = functools.partial(stored, lower=lambda closed: closed)
 TOLERANCE = 0.05
 SMALL_BYTES = 2048  # tables of pointers, scalars, alignment
 
@@ -44,7 +47,7 @@ def held(step, weights, x):
     """Bytes that a step inside a loop over batches is said to need beside its weights, and those that the compiler gives it."""
     leaves = tree_leaves(weights, "parameter", "weights")
     inputs = tree_leaves(x, "input", "x")
-    program = trace(step, (weights, x), [*leaves, *inputs], results=leaves, lower=lambda traced: traced)
+    program = trace(step, (weights, x), [*leaves, *inputs], results=leaves, stored=as_traced)
     memory = price(program, Plan(), Machine.load("h100x8").of(1)).memory
 
     def steps(weights, batches, count):
@@ -131,7 +134,7 @@ def test_loops_inside_loops_are_known_to_a_tenth():
 def test_a_step_of_what_is_rare_has_buffers():
     weights, x = square(16), shape(32, 16)
     arguments = descent(odd), (weights, x), [*tree_leaves(weights, "parameter", "weights"), *tree_leaves(x, "input", "x")]
-    program = trace(*arguments, results=arguments[2][:1], lower=rewrite_jaxpr)
+    program = trace(*arguments, results=arguments[2][:1], stored=stored)
     assert sum(buffer.bytes for buffer in program.buffers) > 5 * 4 * 32 * 16
 
 
@@ -159,7 +162,7 @@ def traced(model, x, y):
     adapted = KerasModel(model, "fit")
     adapted.build(feed.example)
     step = adapted.train_step()
-    program = trace_step(step, step.read(), feed.shapes(), fixed=step.read_fixed(), name=model.name, lower=rewrite_jaxpr)
+    program = trace_step(step, step.read(), feed.shapes(), fixed=step.read_fixed(), name=model.name, stored=stored)
     return program, step, feed.foreseen()[0].arrays
 
 
@@ -197,7 +200,7 @@ def test_a_program_for_another_machine_knows_no_buffers():
     leaves = tree_leaves(weights, "parameter", "weights")
     arguments = descent(chain), ([weights], shape(4, 8)), [*leaves, *tree_leaves(shape(4, 8), "input", "x")]
     assert not trace(*arguments, results=leaves).buffers
-    assert trace(*arguments, results=leaves, lower=lambda traced: traced).buffers
+    assert trace(*arguments, results=leaves, stored=as_traced).buffers
 
 
 def test_what_a_jaxlib_of_which_nothing_is_known_holds_is_estimated(monkeypatch):
@@ -220,7 +223,7 @@ def test_convolutions_are_not_given_to_the_library_that_runs_them_on_one_thread(
 @pytest.mark.usefixtures("optimised")
 def test_the_order_that_holds_least_changes_no_value(monkeypatch):
     def fitted(frugal):
-        monkeypatch.setattr("parafit.schedule.saves_memory", lambda traced: frugal)
+        monkeypatch.setattr("parafit.backends.cpu.options.saves_memory", lambda traced: frugal)
         keras.utils.set_random_seed(0)
         model, x, y = NETWORKS["dropout"]()
         _, step, block = traced(model, x, y)

@@ -13,14 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from parafit import calibrate, heap, probes, residuals
-from parafit.cost import Pricing, price
-from parafit.machine import Device, Matmul
-from parafit.networks import named
-from parafit.plan import Plan
-from parafit.residuals import Residual, append, correction, load
-from parafit.software import Software
-from parafit.trace import trace_loss
+from parafit import backends
+from parafit.backends.backend import Backend
+from parafit.backends.cpu import malloc
+from parafit.calibration import calibrate, history, probes
+from parafit.calibration.history import Residual, append, correction, load
+from parafit.planner.cost.cost import Pricing, price
+from parafit.planner.cost.framework import Software
+from parafit.planner.machine.machine import Device, Matmul
+from parafit.planner.networks import named
+from parafit.planner.plan import Plan
+from parafit.tracing.trace import trace_loss
 
 
 @pytest.fixture
@@ -128,7 +131,7 @@ def test_several_devices_have_their_link_measured():
     script = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from parafit import calibrate
+from parafit.calibration import calibrate
 link = calibrate._linked(calibrate.detect()).inner
 print([int(size) for size, _ in link.measured], link.alpha_seconds > 0, link.bytes_per_second > 0)
 """
@@ -297,7 +300,7 @@ def test_impossible_residuals_are_passed_over(tmp_path):
 
 def test_the_file_stays_small_and_keeps_the_newest(tmp_path, monkeypatch):
     path = tmp_path / "residuals.jsonl"
-    monkeypatch.setattr(residuals, "MOST_BYTES", 2000)
+    monkeypatch.setattr(history, "MOST_BYTES", 2000)
     for batch in range(1, 101):
         append(replace(RESIDUAL, batch=batch), path)
     assert path.stat().st_size <= 2000
@@ -309,7 +312,7 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
     path = tmp_path / "residuals.jsonl"
     script = f"""
 from pathlib import Path
-from parafit.residuals import Residual, append
+from parafit.calibration.history import Residual, append
 for batch in range(50):
     append(Residual(**{RESIDUAL.__dict__!r}), Path({str(path)!r}))
 """
@@ -322,7 +325,7 @@ def test_correction_is_the_median_of_recent_fits_of_this_program_if_there_are_an
     slow = [replace(RESIDUAL, predicted_seconds=2.0, measured_seconds=6.0)] * 5
     assert correction([*slow, RESIDUAL], 1.0) == pytest.approx(1.2)
     old = [replace(RESIDUAL, measured_seconds=100.0)] * 3
-    assert correction(old + [RESIDUAL] * residuals.RECENT, 1.0) == pytest.approx(1.2)
+    assert correction(old + [RESIDUAL] * history.RECENT, 1.0) == pytest.approx(1.2)
 
 
 def test_other_programs_correct_as_far_as_they_agree():
@@ -345,7 +348,7 @@ def test_a_corrected_prediction_is_nearer_to_what_comes():
 
 
 def test_residuals_need_no_jax():
-    script = "import sys, parafit.residuals; print([name for name in ('jax', 'keras') if name in sys.modules])"
+    script = "import sys, parafit.calibration.history; print([name for name in ('jax', 'keras') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -356,14 +359,15 @@ def test_probes_are_compiled_and_timed_with_the_heap_as_a_fit_keeps_it(monkeypat
         original = getattr(probes.Probe, name)
 
         def watched(probe):
-            seen.append((name, heap._compiling > 0, heap._runs > 0))
+            seen.append((name, malloc._compiling > 0, malloc._runs > 0))
             return original(probe)
 
         monkeypatch.setattr(probes.Probe, name, watched)
 
     watch("compile")
     watch("time")
-    calibrate._measure([probes._elementwise(2**10)], ends=0.0)
+    with backends.current().running():
+        calibrate._measure([probes._elementwise(2**10)], ends=0.0)
     assert set(seen) == {("compile", True, True), ("time", False, True)}
 
 
@@ -383,11 +387,15 @@ def test_of_calls_of_a_library_the_lower_quartile_counts():
     assert (called.seconds, own.seconds) == (2.0, 3.0)
 
 
-def test_where_jax_computes_elsewhere_probes_are_compiled_as_they_are(monkeypatch):
+def test_where_jax_computes_elsewhere_probes_are_compiled_as_they_are():
     told = []
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(probes, "rewrite", lambda body: pytest.fail("a form for XLA:CPU was asked for"))
-    monkeypatch.setattr(probes, "compiled", lambda lowered, options: told.append(options) or lowered.compile())
+
+    class Told(Backend):
+        def compile(self, lowered, options):
+            told.append(options)
+            return super().compile(lowered, options)
+
     *_, convolution = probes._convolutions(1, 4, 2, 2, window=(3, 3))
-    convolution.compile()
+    with backends.using(Told()):
+        convolution.compile()
     assert told == [{}]

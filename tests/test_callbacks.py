@@ -11,7 +11,7 @@ import pytest
 from keras import callbacks as kc
 
 import parafit
-from parafit.callbacks import batch_strides
+from parafit.adapters.keras_callbacks import batch_strides
 
 from .zoo import mlp
 

@@ -7,10 +7,10 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit import chunk
-from parafit.arguments import check_arguments
-from parafit.data import Feed
+from parafit.data.feed import Feed
 from parafit.errors import DataError, ModelError
+from parafit.execution import compiled
+from parafit.support.arguments import check_arguments
 
 ROWS = 24
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
@@ -54,7 +54,7 @@ def nothing_compiled(monkeypatch):
     def never(*_, **__):
         raise AssertionError("a program was compiled")
 
-    monkeypatch.setattr(chunk.Chunk, "__init__", never)
+    monkeypatch.setattr(compiled.Chunk, "__init__", never)
 
 
 def fit(model, *data, **options):
@@ -218,7 +218,7 @@ def test_batches_of_a_generator_are_looked_at_as_they_come():
 
 def test_arrays_are_looked_at_once(monkeypatch):
     looks = []
-    monkeypatch.setattr(parafit.targets.Pair, "check", lambda self, leaves: looks.append(len(leaves[0])))
+    monkeypatch.setattr(parafit.adapters.targets.Pair, "check", lambda self, leaves: looks.append(len(leaves[0])))
     fit(classifier(), X, CLASSES, epochs=3, validation_data=(X[:7], CLASSES[:7]))
     assert looks == [ROWS, 7]
 

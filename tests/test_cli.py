@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from parafit.tables import folder
+from parafit.tables import model_folder
 
 
 def write_table(path, rows=100):
@@ -34,7 +34,7 @@ def test_train_then_predict(run, tmp_path):
         "confusion matrix of the test rows",
     ):
         assert words in out
-    assert sorted(path.name for path in (tmp_path / "things-model").iterdir()) == sorted(folder.FILES)
+    assert sorted(path.name for path in (tmp_path / "things-model").iterdir()) == sorted(model_folder.FILES)
 
     code, out, err = run("predict", "things-model", table, "-o", "answers.csv")
     assert (code, err) == (0, "")
@@ -192,6 +192,6 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path):
     history = json.loads((tmp_path / "model" / "history.json").read_text())
     assert history["stopped"] == "interrupted by Ctrl-C"
     assert 1 <= len(history["epochs"]["loss"]) < 100_000
-    assert folder.read_folder(tmp_path / "model").model.count_params() > 0
+    assert model_folder.read_folder(tmp_path / "model").model.count_params() > 0
     assert "interrupted by Ctrl-C" in (tmp_path / "model" / "report.html").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "things.csv"]

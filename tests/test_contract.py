@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from keras import layers
 
 import parafit
-from parafit import contract, progress
-from parafit.adapt import KerasModel
-from parafit.contract import Collective, check, compare_memory, read
+from parafit.adapters.keras import KerasModel
 from parafit.errors import ProgramError
-from parafit.layout import Layout, lay_out
-from parafit.mesh import Placement
-from parafit.plan import Plan
-from parafit.planner import step_program
-from parafit.program import Tensor
-from parafit.progress import Progress, settle
+from parafit.execution import contract, runner
+from parafit.execution.contract import Collective, check, compare_memory, read
+from parafit.execution.runner import Progress, settle
+from parafit.placement import Placement
+from parafit.planner.layout import Layout, lay_out
+from parafit.planner.plan import Plan
+from parafit.planner.program import Tensor
+from parafit.planning import step_program
 from tests.zoo import programs
 
 MESH = {"data": 2, "tensor": 4}
@@ -207,7 +207,7 @@ def _splits(tensor: Tensor) -> bool:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_layout_is_found_out(monkeypatch, wrong):
-    monkeypatch.setattr(progress, "lay_out", lambda tensors, plan: WRONG[wrong](list(tensors), plan))
+    monkeypatch.setattr(runner, "lay_out", lambda tensors, plan: WRONG[wrong](list(tensors), plan))
     assert report(mlp, "data=4,tensor=2,zero=1").broken
 
 
@@ -217,7 +217,7 @@ def test_the_user_is_told(monkeypatch, capsys):
     parafit.fit(model, x, y, plan="data=4,tensor=2", verbose=2)
     assert "not in the plan" not in capsys.readouterr().out
     keras.backend.clear_session(free_memory=False)
-    monkeypatch.setattr(progress, "lay_out", lambda tensors, plan: WRONG["columns only"](list(tensors), plan))
+    monkeypatch.setattr(runner, "lay_out", lambda tensors, plan: WRONG["columns only"](list(tensors), plan))
     parafit.fit(mlp(), x, y, plan="data=4,tensor=2", verbose=2)
     assert "parafit: not in the plan: all-gather over tensor: planned 0 bytes a step" in capsys.readouterr().out
 

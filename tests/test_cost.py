@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parafit.cost import Pricing, price
 from parafit.errors import ModelError, PlanError
-from parafit.layout import pieces, undivided
-from parafit.machine import Machine
-from parafit.networks import Transformer, named, transformer
-from parafit.plan import STORED, Plan
-from parafit.prices import Prices
-from parafit.shares import Shares
-from parafit.software import Software
+from parafit.planner.cost.cost import Pricing, price
+from parafit.planner.cost.framework import Software
+from parafit.planner.layout import pieces, undivided
+from parafit.planner.machine.machine import Machine
+from parafit.planner.networks import Transformer, named, transformer
+from parafit.planner.partition import Shares
+from parafit.planner.plan import STORED, Plan
+from parafit.planner.search.memo import Prices
 
 WIDTHS = {"heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
 SMALL = Transformer(layers=8, hidden=1024, heads=16, sequence=512, vocabulary=32000, batch=64, gradient_itemsize=4)

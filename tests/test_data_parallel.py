@@ -46,7 +46,7 @@ def test_batches_the_axis_does_not_divide(plan, batch_size):
 @pytest.mark.usefixtures("float64")
 def test_a_plan_that_is_broken_on_purpose_fails_the_comparison(monkeypatch):
     one = trained(mlp, "single")
-    monkeypatch.setattr(parafit.mesh.Placement, "bring_home", lambda self, array: array * 1.0001)
+    monkeypatch.setattr(parafit.placement.Placement, "bring_home", lambda self, array: array * 1.0001)
     broken = trained(mlp, "data=8")
     assert any(not np.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(one, broken))
 

@@ -11,21 +11,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from keras import layers
 
 import parafit
-from parafit import chunk
+from parafit import backends
+from parafit.execution import compiled
 from parafit.nnx import Trainable
 from tests.evenness import read_splits, uneven_lines
 
 MESH = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
-def splits_of(function, *arguments):
+def splits_of(function, *arguments, left=None):
     """The uneven splits in the program of `function` of arguments given as (array, axes of its dimensions), made even first."""
     arrays = [array for array, _ in arguments]
     given = [NamedSharding(MESH, PartitionSpec(*axes)) for _, axes in arguments]
-    closed = chunk.evenly(jax.make_jaxpr(function)(*arrays), MESH, given=given, left=[None])
-    even = jax.jit(jax.extend.core.jaxpr_as_fun(closed), in_shardings=given)
-    with pytest.MonkeyPatch.context() as patch, read_splits(patch) as splits:
-        program = chunk.compiled(even.lower(*arrays), {})
+    closed = compiled.evenly(jax.make_jaxpr(function)(*arrays), MESH, given=given, left=[left])
+    even = jax.jit(jax.extend.core.jaxpr_as_fun(closed), in_shardings=given, out_shardings=[left])
+    with read_splits() as splits:
+        program = backends.current().compile(even.lower(*arrays), {})
     np.testing.assert_allclose(program(*jax.device_put(arrays, given))[0], function(*arrays), rtol=1e-6, atol=1e-6)
     return splits
 
@@ -63,15 +64,32 @@ def test_dimensions_that_are_cut_are_kept_whole(name):
     assert not splits.uneven
 
 
+ZERO = np.float32(0)
+MADE_WHOLE = {
+    "padding between": lambda x: jax.lax.pad(x[:, :4], ZERO, ((0, 0, 0), (1, 0, 1))),
+    "padding that shifts": lambda x: jax.lax.pad(x, ZERO, ((0, 0, 0), (2, -2, 0))),
+    "window of dilated rows": lambda x: jax.lax.reduce_window(x, ZERO, jax.lax.add, (1, 3), (1, 1), ((0, 0), (1, 2)), (1, 2)),
+    "associative scan": lambda x: jax.lax.associative_scan(jnp.add, x[:, :4], axis=1),
+    "gradient of an associative scan": jax.grad(lambda x: (jax.lax.associative_scan(jnp.add, x[:, :6], axis=1) ** 2).sum()),
+}
+
+
+@pytest.mark.parametrize("name", MADE_WHOLE)
+def test_what_cannot_be_made_in_parts_is_made_whole(name):
+    """The operand is whole and the result split: XLA alone computes other numbers, or aborts the process."""
+    split = NamedSharding(MESH, PartitionSpec(None, "tensor"))
+    assert not splits_of(MADE_WHOLE[name], (numbers(4, 8), (None, None)), left=split).uneven
+
+
 def test_even_programs_are_left_as_they_are():
     closed = jax.make_jaxpr(lambda x, w: jnp.tanh(x @ w).reshape(4, 4, 4).sum(1))(numbers(4, 8), numbers(8, 16))
     given = [NamedSharding(MESH, PartitionSpec(*axes)) for axes in (("data", None), (None, "tensor"))]
-    assert chunk.evenly(closed, MESH, given=given, left=[None]) is closed
+    assert compiled.evenly(closed, MESH, given=given, left=[None]) is closed
 
 
 def test_uneven_splits_are_found(monkeypatch):
     """Without the constraints the compiler spreads a split to what it does not divide, and the tests see it."""
-    monkeypatch.setattr(chunk, "evenly", lambda closed, *args, **options: closed)
+    monkeypatch.setattr(compiled, "evenly", lambda closed, *args, **options: closed)
     splits = splits_of(*CUT["slice"])
     assert splits.uneven
     assert uneven_lines("  %a = (f32[8]{0}, f32[7,4]{1,0}) while(%x), sharding={{devices=[2]<=[2]}, {devices=[2,1]<=[2]}}")
@@ -173,11 +191,11 @@ def test_batches_of_one_row(plan, capsys):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("plan", ["data=3,microbatches=2", "data=8,microbatches=2", "data=4,zero=2,microbatches=3"])
-def test_microbatches_that_do_not_divide(plan, monkeypatch):
+def test_microbatches_that_do_not_divide(plan):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(13, 12)), rng.integers(0, 3, 13)
     told = {}
-    with read_splits(monkeypatch) as splits:
+    with read_splits() as splits:
         for each in ("single", plan):
             keras.utils.set_random_seed(5)
             model = keras.Sequential([keras.Input((12,)), layers.Dense(16, "tanh"), layers.Dense(3, "softmax")])

@@ -6,7 +6,9 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit import chunk, progress
+from parafit import backends
+from parafit.backends.cpu.backend import CpuBackend
+from parafit.execution import compiled, runner
 
 from .zoo import ZOO, mlp
 
@@ -44,20 +46,25 @@ def test_every_kind_of_model_in_float64(name):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("batch_size", "seldom"), [(2, True), (16, False)])
-def test_the_short_last_batch_of_many_is_compiled_quickly(batch_size, seldom, monkeypatch):
+def test_the_short_last_batch_of_many_is_compiled_quickly(batch_size, seldom):
     asked = []
-    options = chunk.compiler_options
-    monkeypatch.setattr(chunk, "compiler_options", lambda traced, seldom: asked.append(seldom) or options(traced, seldom=seldom))
-    run_both(ZOO["convolutional"], tolerance=1e-10, fit={"batch_size": batch_size, "epochs": 2})
+
+    class Asked(CpuBackend):
+        def compiler_options(self, closed, *, seldom):
+            asked.append(seldom)
+            return super().compiler_options(closed, seldom=seldom)
+
+    with backends.using(Asked()):
+        run_both(ZOO["convolutional"], tolerance=1e-10, fit={"batch_size": batch_size, "epochs": 2})
     assert asked == [False, seldom]
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
 def test_both_programs_of_a_run_are_compiled_side_by_side(verb, monkeypatch):
     events = []
-    find, wait = progress.find_chunk, chunk.Chunk.wait
-    monkeypatch.setattr(progress, "find_chunk", lambda *args, **options: events.append("find") or find(*args, **options))
-    monkeypatch.setattr(chunk.Chunk, "wait", lambda self: events.append("wait") or wait(self))
+    find, wait = runner.find_chunk, compiled.Chunk.wait
+    monkeypatch.setattr(runner, "find_chunk", lambda *args, **options: events.append("find") or find(*args, **options))
+    monkeypatch.setattr(compiled.Chunk, "wait", lambda self: events.append("wait") or wait(self))
     model, x, y = mlp()
     getattr(parafit, verb)(model, *((x, y) if verb == "evaluate" else (x,)), batch_size=16, verbose=0)
     assert events[:2] == ["find", "find"]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import parafit
-from parafit import api, calibrate, forecast, residuals
+from parafit import api, forecast
+from parafit.calibration import calibrate, history
 from parafit.errors import PlanError, ProgramError
-from parafit.machine import Machine, Matmul
-from parafit.plan import Plan
+from parafit.planner.machine.machine import Machine, Matmul
+from parafit.planner.plan import Plan
 
 
 def network(width):
@@ -124,11 +125,11 @@ def test_a_calibrated_machine_predicts_and_learns_from_what_it_said(monkeypatch,
     monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
     model, (x, y) = network(8), data(64)
     parafit.fit(model, x, y, verbose=2)
-    (first,) = residuals.load()
+    (first,) = history.load()
     assert "predicted " in capsys.readouterr().out
     slow = dataclasses.replace(first, measured_seconds=1000 * first.predicted_seconds)
-    for _ in range(residuals.RECENT):
-        residuals.append(slow)
+    for _ in range(history.RECENT):
+        history.append(slow)
     parafit.fit(model, x, y, verbose=2)
     assert f"predicted {1e6 * first.predicted_seconds:.3f} ms/step" in capsys.readouterr().out
-    assert residuals.load()[-1].predicted_seconds == first.predicted_seconds
+    assert history.load()[-1].predicted_seconds == first.predicted_seconds

@@ -37,8 +37,10 @@ def test_a_case_is_drawn_the_same_every_time_and_can_be_made_smaller():
 
 @pytest.mark.usefixtures("float64")
 def test_a_layout_that_is_broken_on_purpose_is_found(monkeypatch):
-    whole = parafit.mesh.Placement.bring_home
-    monkeypatch.setattr(parafit.mesh.Placement, "bring_home", lambda self, array: whole(self, array) * (1 + 1e-9 * (self.mesh is not None)))
+    whole = parafit.placement.Placement.bring_home
+    monkeypatch.setattr(
+        parafit.placement.Placement, "bring_home", lambda self, array: whole(self, array) * (1 + 1e-9 * (self.mesh is not None))
+    )
     case = dataclasses.replace(draw(3), plan="data=2", batch_size=8)
     assert verdict(case).kind == "different"
 

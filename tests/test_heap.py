@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from parafit import cluster, heap
+from parafit.backends.backend import Backend
+from parafit.backends.cpu import malloc
+from parafit.support import environment
 
 SCRIPT = """
 import resource
@@ -19,10 +21,10 @@ class Count(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 parafit.fit(model, x, y, batch_size=128, epochs=12, verbose=0, plan="single", callbacks=[Count()])
-print(int(np.median(np.diff(faults))), len(parafit.heap._taken))
+print(int(np.median(np.diff(faults))), len(parafit.backends.cpu.malloc._taken))
 """
 
-needs_glibc = pytest.mark.skipif(heap._library() is None, reason="needs glibc")
+needs_glibc = pytest.mark.skipif(malloc._library() is None, reason="needs glibc")
 
 
 @needs_glibc
@@ -36,7 +38,7 @@ def test_a_step_takes_no_new_pages():
 
 @needs_glibc
 def test_gaps_are_taken_up_but_while_something_is_compiled():
-    library, size = heap._library(), 1 << 15
+    library, size = malloc._library(), 1 << 15
     blocks = [library.malloc(size) for _ in range(400)]
     gaps = set(blocks[::2])
     for block in gaps:
@@ -49,12 +51,12 @@ def test_gaps_are_taken_up_but_while_something_is_compiled():
         return not gaps.isdisjoint(again)
 
     assert found()
-    with heap.takes_up_gaps():
-        with heap.takes_up_gaps():
+    with malloc.takes_up_gaps():
+        with malloc.takes_up_gaps():
             assert found()
         assert found(), "another program is still being compiled"
     assert not found()
-    with heap.takes_up_gaps():
+    with malloc.takes_up_gaps():
         assert found()
     for block in blocks[1::2]:
         library.free(block)
@@ -67,39 +69,38 @@ def test_memory_is_given_back_after_the_last_run(monkeypatch):
         def mallopt(self, option, value):
             calls.append((option, value))
 
-    monkeypatch.setattr(heap, "_library", Library)
-    with heap.keeps_memory():
+    monkeypatch.setattr(malloc, "_library", Library)
+    with malloc.keeps_memory():
         kept = list(calls)
-        with heap.keeps_memory():
+        with malloc.keeps_memory():
             pass
         assert calls == kept, "a run inside another changes nothing"
-    assert kept == [(heap._MMAP_MAX, 0), (heap._TRIM_THRESHOLD, heap._MOST), (heap._MMAP_THRESHOLD, 1 << 25)]
-    assert calls[3:] == [(heap._MMAP_MAX, 65536), (heap._TRIM_THRESHOLD, 1 << 26), (heap._MMAP_THRESHOLD, 1 << 25)]
+    assert kept == [(malloc._MMAP_MAX, 0), (malloc._TRIM_THRESHOLD, malloc._MOST), (malloc._MMAP_THRESHOLD, 1 << 25)]
+    assert calls[3:] == [(malloc._MMAP_MAX, 65536), (malloc._TRIM_THRESHOLD, 1 << 26), (malloc._MMAP_THRESHOLD, 1 << 25)]
 
 
 def test_where_jax_computes_elsewhere_the_heap_is_left_alone(monkeypatch):
-    monkeypatch.setattr(heap, "_library", lambda: pytest.fail("the heap was asked for"))
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    with heap.keeps_memory(), heap.takes_up_gaps():
+    monkeypatch.setattr(malloc, "_library", lambda: pytest.fail("the heap was asked for"))
+    with Backend().running(), Backend().compiling():
         pass
 
 
 @pytest.mark.parametrize(
     ("platforms", "plugin", "expected"),
-    [("", "", True), ("", "jax_plugins", False), ("", "libtpu", False), ("cpu", "jax_plugins", True), ("cuda,cpu", "", False)],
+    [("", "", "cpu"), ("", "jax_plugins", ""), ("", "libtpu", ""), ("cpu", "jax_plugins", "cpu"), ("cuda,cpu", "", "cuda")],
 )
-def test_whether_jax_will_compute_on_the_processor(monkeypatch, platforms, plugin, expected):
+def test_where_jax_will_compute(monkeypatch, platforms, plugin, expected):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == plugin else None)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.delitem(sys.modules, "jax")
-    assert cluster.computes_on_processor() == expected
+    assert environment.jax_platform(otherwise="cpu") == expected
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_other_systems_are_left_alone(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(heap, "_library", heap._library.__wrapped__)
-    assert heap._library() is None
-    heap.use_one_arena()
-    with heap.keeps_memory(), heap.takes_up_gaps():
+    monkeypatch.setattr(malloc, "_library", malloc._library.__wrapped__)
+    assert malloc._library() is None
+    malloc.use_one_arena()
+    with malloc.keeps_memory(), malloc.takes_up_gaps():
         pass

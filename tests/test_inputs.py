@@ -13,9 +13,11 @@ import scipy.sparse
 from keras import layers
 
 import parafit
-from parafit.data import Feed
+from parafit import backends
+from parafit.backends.cpu.backend import CpuBackend
+from parafit.data.feed import Feed
 from parafit.errors import BackendError, DataError, ModelError, NonFiniteLossError, ParafitError
-from parafit.safeguard import Safeguard
+from parafit.execution.snapshot import Safeguard
 
 ROWS = 50
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
@@ -256,7 +258,7 @@ def test_weights_that_are_nan_before_training_are_named():
 
 def test_copies_of_the_state_take_a_hundredth_of_the_time(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("parafit.safeguard.time.perf_counter", lambda: float(next(clock)))  # so that a copy takes a second
+    monkeypatch.setattr("parafit.execution.snapshot.time.perf_counter", lambda: float(next(clock)))  # so that a copy takes a second
 
     def state(number):
         return [jnp.full(100, number)], [], [jnp.full(100, number)] * 2, []
@@ -291,24 +293,30 @@ def test_blocks_hold_every_row_once_in_order():
 
 
 @pytest.mark.parametrize("plan", ["single", "data=8"])
-def test_data_that_stays_on_the_devices_gives_the_same_numbers(plan, monkeypatch):
+def test_data_that_stays_on_the_devices_gives_the_same_numbers(plan):
+    class Resident(CpuBackend):
+        name = "resident"
+
+        def resident(self, nbytes, **_):
+            return True
+
     streamed = losses(parafit, X, Y, batch_size=8, plan=plan)
-    monkeypatch.setattr(parafit.mesh.Placement, "keeps", lambda self, byte_count, **_: True)
-    np.testing.assert_array_equal(losses(parafit, X, Y, batch_size=8, plan=plan), streamed)
+    with backends.using(Resident()):
+        np.testing.assert_array_equal(losses(parafit, X, Y, batch_size=8, plan=plan), streamed)
 
 
 @pytest.mark.parametrize(
-    ("plan", "byte_count", "work", "epochs", "keeps"),
+    ("one_device", "nbytes", "flops", "epochs", "resident"),
     [
-        ("single", 1 << 20, 4_000_000, 5, True),
-        ("single", 1 << 20, 4_000_000, 4, False),
-        ("single", 1 << 20, 2_000_000, 5, False),
-        ("single", 1 << 30, 4_000_000, 5, False),
-        ("data=8", 1 << 20, 4_000_000, 5, False),
+        (True, 1 << 20, 4_000_000, 5, True),
+        (True, 1 << 20, 4_000_000, 4, False),
+        (True, 1 << 20, 2_000_000, 5, False),
+        (True, 1 << 30, 4_000_000, 5, False),
+        (False, 1 << 20, 4_000_000, 5, False),
     ],
 )
-def test_steps_that_use_all_cores_of_a_cpu_look_their_rows_up(plan, byte_count, work, epochs, keeps):
-    assert parafit.mesh.Placement(parafit.Plan.parse(plan)).keeps(byte_count, work=lambda: work, epochs=epochs) == keeps
+def test_steps_that_use_all_cores_of_a_cpu_look_their_rows_up(one_device, nbytes, flops, epochs, resident):
+    assert CpuBackend().resident(nbytes, one_device=one_device, flops=lambda: flops, epochs=epochs) == resident
 
 
 @pytest.mark.parametrize(

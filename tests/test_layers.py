@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,87 +12,96 @@ import pytest
 import parafit
 
 PACKAGE = Path(parafit.__file__).parent
-LAYERS = [
+
+
+def module_name(path):
+    return "parafit." + str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+
+
+ROOMS = [
     {"__main__"},
     {"cli"},
-    {"plan_command"},
-    {"tables", "sklearn"},
+    {"tables", "sklearn", "nnx"},
     {"api"},
     {"forecast"},
-    {"run", "perceptron", "planner"},
-    {"progress"},
-    {"checks", "chunk", "data", "safeguard", "report"},
-    {"techniques", "contract", "even"},
-    {"calibrate", "models"},
-    {"probes", "nnx"},
-    {"adapt", "callbacks", "mesh", "rewrite", "price", "segments"},
-    {"search"},
-    {"compare", "limits"},
-    {"ranking"},
-    {"candidates", "prices"},
-    {"cost"},
-    {"memory", "measured"},
-    {"shares"},
-    {"layout"},
-    {"plan", "trace", "collectives", "networks", "residuals"},
-    {"describe", "copies"},
-    {"kernels", "fold", "buffers"},
-    {"arrays"},
-    {"program", "walk", "machine"},
-    {"operations"},
-    {"ties"},
-    {"arguments", "nnx_checks", "programs", "targets"},
-    {"dims", "errors", "compat", "cluster", "files", "heap", "imports", "jaxprs", "processor", "rates", "schedule", "software", "versions"},
+    {"planning"},
+    {"execution", "calibration"},
+    {"data", "techniques"},
+    {"adapters", "placement"},
+    {"backends"},
+    {"tracing"},
+    {"planner", "reports"},
+    {"support"},
+    {"errors"},
 ]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+"""Rooms from the roof down: each may import those below it."""
+RANK = {name: rank for rank, floor in enumerate(ROOMS) for name in floor}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+MODULES = {module_name(path) for path in FILES}
 
 
 def imports(path):
-    """Every module a file imports, as (top package, second part), wherever in the file it does so."""
+    """Every module a file imports, wherever in the file it does so: as a module of parafit where it is one."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:
-                yield tuple(f"{node.module}.{name.name}".split(".")[:2])
+                full = f"{node.module}.{name.name}"
+                yield full if full in MODULES or node.module not in MODULES else node.module
         elif isinstance(node, ast.Import):
-            for name in node.names:
-                yield (*name.name.split("."), "")[:2]
+            yield from (name.name for name in node.names)
 
 
-def part_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(module):
+    return module.split(".")[1]
+
+
+def test_there_are_few_rooms():
+    assert {room_of(module) for module in MODULES} == set(RANK)
+    assert len(RANK) <= 22
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_downward(path):
-    own = part_of(path)
-    assert own in RANK, f"{own} has no layer: add it to LAYERS"
-    for top, second in imports(path):
-        if top == "parafit" and second in RANK and second != own:
-            assert RANK[second] > RANK[own], f"{own} imports {second}, which is not below it"
+    own = room_of(module_name(path))
+    for module in imports(path):
+        if module in MODULES and room_of(module) != own:
+            assert RANK[room_of(module)] > RANK[own], f"{own} imports {module}, which is not below it"
+
+
+def test_no_circles_inside_rooms():
+    """Modules can be put in an order in which each imports only those before it."""
+    needs = {module_name(path): {other for other in imports(path) if other in MODULES and other != module_name(path)} for path in FILES}
+    for package in {name for name in needs if any(other.startswith(name + ".") for other in needs)}:
+        needs[package] -= {name for name in needs if name == package}
+    TopologicalSorter(needs).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if room_of(name) == "planner"))
+def test_the_planner_needs_neither_jax_nor_keras(module):
+    script = f"import sys, {module}; print([name for name in ('jax', 'keras') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def importers(package):
+    """Rooms that import a package from outside, by its name."""
+    return {room_of(module_name(path)) for path in FILES if any(name.split(".")[0] == package for name in imports(path))}
 
 
 def test_who_imports_keras():
-    importers = {part_of(path) for path in FILES if any(top == "keras" for top, _ in imports(path))}
-    assert importers <= {"compat", "adapt", "callbacks", "tables"}
+    assert importers("keras") <= {"adapters", "support", "tables"}
 
 
-def test_only_compat_uses_what_keras_and_jax_do_not_document():
-    """And `programs`, which is there before Keras is imported."""
+def test_only_support_uses_what_keras_and_jax_do_not_document():
+    """`compat`, and `programs`, which is there before Keras is imported."""
     for path in FILES:
-        if part_of(path) not in ("compat", "programs"):
-            assert not {("keras", "src"), ("jax", "_src")} & set(imports(path)), path
+        if module_name(path) not in ("parafit.support.compat", "parafit.support.programs"):
+            assert not [name for name in imports(path) if name.startswith(("keras.src", "jax._src"))], path
 
 
-def test_only_cluster_knows_the_environment():
+def test_only_one_module_knows_the_environment():
     for path in FILES:
-        if part_of(path) != "cluster":
+        if module_name(path) != "parafit.support.environment":
             assert not any(word in path.read_text(encoding="utf-8") for word in ("os.environ", "getenv")), path
-
-
-def test_planning_needs_neither_jax_nor_keras():
-    script = "import sys, parafit.plan, parafit.price, parafit.errors; print([name for name in ('jax', 'keras') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_importing_parafit_is_quick_and_chooses_jax():

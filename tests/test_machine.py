@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parafit.collectives import ALL_REDUCE, KINDS, SEND, Group, seconds
 from parafit.errors import MachineError
-from parafit.machine import PRESETS, Machine
-from parafit.rates import rate_between
+from parafit.planner.cost.collectives import ALL_REDUCE, KINDS, SEND, Group, seconds
+from parafit.planner.machine.machine import PRESETS, Machine
+from parafit.planner.machine.matmul import rate_between
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
 

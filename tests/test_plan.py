@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parafit.errors import PlanError
-from parafit.plan import PRECISIONS, RECOMPUTE, Plan
+from parafit.planner.plan import PRECISIONS, RECOMPUTE, Plan
 
 
 @given(

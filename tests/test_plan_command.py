@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import parafit
-from parafit import calibrate, planner, residuals
+from parafit import planning
+from parafit.calibration import calibrate, history
 from parafit.errors import MachineError, ModelError
-from parafit.machine import Machine
-from parafit.plan import Plan
+from parafit.planner.machine.machine import Machine
+from parafit.planner.plan import Plan
 
 GPT = "gpt:layers=4,hidden=256,heads=8,sequence=128,vocabulary=1024"
 
@@ -97,7 +98,7 @@ def test_this_machine_counts_its_processor_once(run):
     code, out, _ = run("machine")
     assert code == 0
     assert "device.memory_bytes" in out
-    assert planner.this_machine().devices_per_host == 1
+    assert planning.this_machine().devices_per_host == 1
 
 
 def test_machines_that_cannot_be_shown(run):
@@ -108,14 +109,14 @@ def test_machines_that_cannot_be_shown(run):
 
 
 def test_report_of_past_fits(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "residuals.jsonl")
+    monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "residuals.jsonl")
     code, _, err = run("report")
     assert code == 2
     assert "no fit was scored yet" in err
-    fit = residuals.Residual(machine="m", model="net<1>", batch=32, plan="single", predicted_seconds=1.1e-3, measured_seconds=1e-3,
+    fit = history.Residual(machine="m", model="net<1>", batch=32, plan="single", predicted_seconds=1.1e-3, measured_seconds=1e-3,
         predicted_bytes=2e6, measured_bytes=2.2e6, date="2026-01-01T00:00:00")  # fmt: skip
     for factor in (1, 2, 3):
-        residuals.append(dataclasses.replace(fit, measured_seconds=factor * 1e-3), tmp_path / "residuals.jsonl")
+        history.append(dataclasses.replace(fit, measured_seconds=factor * 1e-3), tmp_path / "residuals.jsonl")
     code, out, err = run("report", "--out", "page.html")
     assert (code, err) == (0, "")
     assert out.startswith("3 fits: step time off by 45 % (median), 63 % (most)")
@@ -125,15 +126,15 @@ def test_report_of_past_fits(run, tmp_path, monkeypatch):
 
 
 def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "residuals.jsonl")
+    monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "residuals.jsonl")
     x, y = np.ones((100, 20), "float32"), np.zeros(100, "int32")
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=0)
-    assert residuals.load() == []
+    assert history.load() == []
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
-    assert residuals.load() == []  # timed, not predicted
+    assert history.load() == []  # timed, not predicted
     monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
-    (fit,) = residuals.load()
+    (fit,) = history.load()
     assert (fit.batch, fit.plan) == (16, "single")
     assert min(fit.predicted_seconds, fit.measured_seconds, fit.predicted_bytes) > 0
     assert run("report")[0] == 0
@@ -141,7 +142,7 @@ def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
 
 def test_a_place_that_cannot_be_written_costs_no_fit(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(residuals, "residuals_path", lambda: tmp_path / "file" / "residuals.jsonl")
+    monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "file" / "residuals.jsonl")
     monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
     parafit.fit(dense(), np.ones((100, 20), "float32"), np.zeros(100, "int32"), verbose=2)
     assert "could not be kept for `parafit report`" in capsys.readouterr().out
@@ -158,7 +159,7 @@ def test_find_plan_of_a_keras_model():
 
 def test_find_plan_reads_data_shapes_and_models_alike():
     x, y = np.zeros((100, 20), "float32"), np.zeros(100, "int32")
-    programs = [planner.keras_program(dense(), *data, batch_size=16)[0] for data in ((x, y), ((20,),), ())]
+    programs = [planning.keras_program(dense(), *data, batch_size=16)[0] for data in ((x, y), ((20,),), ())]
     sizes = [sorted((tensor.shape, tensor.itemsize) for tensor in program.of_role("input")) for program in programs]
     assert sizes[0] == sizes[1] == sizes[2]
     assert programs[0].flops == programs[1].flops == programs[2].flops
@@ -177,7 +178,7 @@ def test_find_plan_of_several_inputs_and_outputs():
     joined = keras.layers.Concatenate()(list(inputs.values()))
     model = keras.Model(inputs, [keras.layers.Dense(2)(joined), keras.layers.Dense(3, "softmax")(joined)])
     model.compile("sgd", ["mse", "sparse_categorical_crossentropy"])
-    program, refused = planner.keras_program(model, batch_size=8)
+    program, refused = planning.keras_program(model, batch_size=8)
     assert not refused
     assert sorted(tensor.shape for tensor in program.of_role("input")) == [(8,), (8, 2), (8, 3), (8, 4)]
 
@@ -185,7 +186,7 @@ def test_find_plan_of_several_inputs_and_outputs():
 def test_batch_statistics_and_own_steps_limit_the_search():
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    assert planner.keras_program(model, batch_size=8)[0].couples_batch
+    assert planning.keras_program(model, batch_size=8)[0].couples_batch
 
     class Own(keras.Sequential):
         def train_step(self, state, data):
@@ -193,7 +194,7 @@ def test_batch_statistics_and_own_steps_limit_the_search():
 
     own = Own([keras.Input((8,)), keras.layers.Dense(1)])
     own.compile("sgd", "mse")
-    assert planner.keras_program(own, batch_size=8)[1] == {"microbatches", "recompute"}
+    assert planning.keras_program(own, batch_size=8)[1] == {"microbatches", "recompute"}
 
 
 def test_models_that_cannot_be_planned():

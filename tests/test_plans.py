@@ -10,11 +10,11 @@ import pytest
 from keras import layers
 
 import parafit
+from parafit.adapters import adapter_of
 from parafit.errors import PlanError
-from parafit.models import adapter_of
-from parafit.planner import step_program
-from parafit.progress import settle
-from parafit.shares import Shares
+from parafit.execution.runner import settle
+from parafit.planner.partition import Shares
+from parafit.planning import step_program
 from tests.zoo import own_train_step, programs
 
 ROWS = 28  # a batch of 16 and a short one of 12, which 8 devices do not divide
@@ -209,8 +209,8 @@ def test_a_plan_gives_the_numbers_of_one_device(name, plan):
 
 @pytest.mark.usefixtures("float64")
 def test_a_layout_that_is_broken_on_purpose_fails_the_comparison(monkeypatch):
-    reference, spoiled = on_one_device("mlp"), parafit.mesh.Placement.bring_home
-    monkeypatch.setattr(parafit.mesh.Placement, "bring_home", lambda self, array: spoiled(self, array) * (1 + 1e-9))
+    reference, spoiled = on_one_device("mlp"), parafit.placement.Placement.bring_home
+    monkeypatch.setattr(parafit.placement.Placement, "bring_home", lambda self, array: spoiled(self, array) * (1 + 1e-9))
     with pytest.raises(AssertionError):
         assert_same(trained(mlp, "data=2,tensor=4"), reference)
 
@@ -359,7 +359,7 @@ def test_state_is_priced_as_it_is_placed(optimizer, plan):
     adapter.build(lambda: batch)
     step = adapter.train_step()
     program = step_program(step, batch, "network")
-    placement = settle(parafit.mesh.Placement(parafit.Plan.parse(plan)), step, lambda: program)
+    placement = settle(parafit.placement.Placement(parafit.Plan.parse(plan)), step, lambda: program)
     held = [(owner, array) for owners, arrays in zip(step.owners[1], step.read()) for owner, array in zip(owners, arrays)]
     for role in ("parameter", "slot", "state"):
         placed = sum(_bytes_on_a_device(placement.stored(owner, array), array) for owner, array in held if owner.role == role)

@@ -11,9 +11,10 @@ from dataclasses import replace
 import jax
 import pytest
 
-from parafit import files, processor, programs, residuals
-from parafit.files import prune, write_whole
-from parafit.programs import Programs
+from parafit.calibration import history
+from parafit.support import files, processor, programs
+from parafit.support.files import prune, write_whole
+from parafit.support.programs import Programs
 
 needs_modes = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX permissions")
 
@@ -202,7 +203,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
 
 @needs_modes
 def test_residuals_of_fits_that_end_at_once_are_all_kept(tmp_path, monkeypatch):
-    fit = residuals.Residual(
+    fit = history.Residual(
         machine="m",
         model="net",
         batch=32,
@@ -213,13 +214,13 @@ def test_residuals_of_fits_that_end_at_once_are_all_kept(tmp_path, monkeypatch):
         measured_bytes=1,
         date="2026",
     )
-    monkeypatch.setattr(residuals, "MOST_BYTES", 150 * 180)
+    monkeypatch.setattr(history, "MOST_BYTES", 150 * 180)
     one, many = tmp_path / "one" / "residuals.jsonl", tmp_path / "many" / "residuals.jsonl"
     turns = [replace(fit, model=f"net{turn:03}") for turn in range(240)]
     for turn in turns:
-        residuals.append(turn, one)
+        history.append(turn, one)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda turn: residuals.append(turn, many), turns))
-    assert len(residuals.load(many)) == len(residuals.load(one)) < 240
+        list(pool.map(lambda turn: history.append(turn, many), turns))
+    assert len(history.load(many)) == len(history.load(one)) < 240
     assert stat.S_IMODE(many.stat().st_mode) == 0o600
     assert stat.S_IMODE(many.parent.stat().st_mode) == 0o700

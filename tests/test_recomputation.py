@@ -11,17 +11,17 @@ from flax import nnx
 from keras import layers
 
 import parafit
-from parafit.candidates import Candidates
-from parafit.chunk import find_chunk
-from parafit.cost import price
-from parafit.machine import Machine
-from parafit.memory import recomputing_saves
-from parafit.mesh import Placement
-from parafit.models import adapter_of
+from parafit.adapters import adapter_of
+from parafit.backends.cpu.versions import knows_memory
+from parafit.execution.compiled import find_chunk
 from parafit.nnx import Trainable
-from parafit.plan import Plan
-from parafit.planner import step_program, this_machine
-from parafit.versions import knows_memory
+from parafit.placement import Placement
+from parafit.planner.cost.cost import price
+from parafit.planner.cost.memory import recomputing_saves
+from parafit.planner.machine.machine import Machine
+from parafit.planner.plan import Plan
+from parafit.planner.search.space import Candidates
+from parafit.planning import step_program, this_machine
 
 AGAIN = Plan(recompute="blocks")
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from parafit import report
-from parafit.report import Section
+from parafit.reports import html
+from parafit.reports.html import Section
 
 VOID = {"meta"}
 
@@ -39,13 +39,13 @@ class Checker(HTMLParser):
 
 def whole_page():
     plots = [
-        report.line_plot("loss", {"train": [3.0, 2.0], "validation": [3.0, 2.5]}, "epoch", marked=2),
-        report.line_plot("accuracy", {"train": [0.1, 0.5]}, "epoch"),
-        report.confusion_plot(["cat", "dog"], [[5, 1], [0, 3]]),
-        report.scatter_plot(np.arange(9.0), np.arange(9.0) ** 2, "price"),
+        html.line_plot("loss", {"train": [3.0, 2.0], "validation": [3.0, 2.5]}, "epoch", marked=2),
+        html.line_plot("accuracy", {"train": [0.1, 0.5]}, "epoch"),
+        html.confusion_plot(["cat", "dog"], [[5, 1], [0, 3]]),
+        html.scatter_plot(np.arange(9.0), np.arange(9.0) ** 2, "price"),
     ]
-    pieces = [*plots, report.table(["name", "rows"], [["a", 1]]), report.text("words"), report.warning("careful"), report.code("x = 1")]
-    return report.page("A title", "a lead", [Section(heading="All", pieces=pieces), Section(heading="None", pieces=[])])
+    pieces = [*plots, html.table(["name", "rows"], [["a", 1]]), html.text("words"), html.warning("careful"), html.code("x = 1")]
+    return html.page("A title", "a lead", [Section(heading="All", pieces=pieces), Section(heading="None", pieces=[])])
 
 
 def test_a_page_is_well_formed_and_needs_nothing_else():
@@ -58,7 +58,7 @@ def test_a_page_is_well_formed_and_needs_nothing_else():
 
 
 def test_plots_take_the_pages_ink():
-    plot = report.line_plot("loss", {"train": [1.0, 2.0]}, "epoch")
+    plot = html.line_plot("loss", {"train": [1.0, 2.0]}, "epoch")
     assert "currentColor" in plot
     assert "#010203" not in plot
     assert "#000000" not in plot
@@ -70,43 +70,39 @@ def test_the_same_page_twice_is_the_same_text():
 
 def test_texts_cannot_break_the_page():
     nasty = "<script>alert(1)</script> & 'more'"
-    content = report.page(
-        nasty, nasty, [Section(heading=nasty, pieces=[report.table([nasty], [[nasty]]), report.text(nasty), report.code(nasty)])]
-    )
+    content = html.page(nasty, nasty, [Section(heading=nasty, pieces=[html.table([nasty], [[nasty]]), html.text(nasty), html.code(nasty)])])
     assert "<script>" not in content
     assert Checker(content).words.count(nasty) == 8
-    plots = report.confusion_plot(["<b>", "$\\wrong$ $"], [[1, 0], [0, 1]]) + report.scatter_plot(
-        np.arange(3.0), np.arange(3.0), "a <b> $c"
-    )
+    plots = html.confusion_plot(["<b>", "$\\wrong$ $"], [[1, 0], [0, 1]]) + html.scatter_plot(np.arange(3.0), np.arange(3.0), "a <b> $c")
     assert "<b>" not in plots
 
 
 def test_large_confusions_have_no_numbers():
     labels = [str(number) for number in range(30)]
-    plot = report.confusion_plot(labels, (77 * np.eye(30, dtype=int)).tolist())
+    plot = html.confusion_plot(labels, (77 * np.eye(30, dtype=int)).tolist())
     assert "<image" in plot
     assert ">77<" not in plot
-    assert ">77<" in report.confusion_plot(labels[:3], (77 * np.eye(3, dtype=int)).tolist())
+    assert ">77<" in html.confusion_plot(labels[:3], (77 * np.eye(3, dtype=int)).tolist())
 
 
 def test_large_scatters_are_thinned():
     many = np.arange(100_000.0)
-    assert len(report.scatter_plot(many, many, "x")) < 500_000
+    assert len(html.scatter_plot(many, many, "x")) < 500_000
 
 
 @pytest.mark.parametrize(
     ("value", "words"), [(0.0, "0"), (12345.678, "12,346"), (1234, "1,234"), (1e-7, "1e-07"), (None, "–"), (float("nan"), "nan")]
 )
 def test_numbers_for_people(value, words):
-    assert report.number(value) == words
+    assert html.number(value) == words
 
 
 def test_number_columns_stand_on_the_right():
-    written = report.table(["name", "value"], [["a", 1.5], ["b", None]])
+    written = html.table(["name", "value"], [["a", 1.5], ["b", None]])
     assert written.count('class="number"') == 3
     assert "–" in written
 
 
 def test_shorten():
-    assert report.shorten("abcdef", most=4) == "abc…"
-    assert report.shorten("abcd", most=4) == "abcd"
+    assert html.shorten("abcdef", most=4) == "abc…"
+    assert html.shorten("abcd", most=4) == "abcd"

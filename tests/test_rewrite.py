@@ -9,7 +9,9 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from parafit.rewrite import in_bfloat16, rewrite, rewrite_jaxpr
+from parafit.backends.cpu.rewrite import rewrite_jaxpr
+from parafit.techniques.bfloat16 import in_bfloat16
+from parafit.tracing.passes import traced_through
 
 TOLERANCE = {"float32": 3e-6, "float64": 1e-13, "bfloat16": 2e-2}
 
@@ -46,7 +48,7 @@ def calls(jaxpr):
 def close(function, *args, tolerance=None):
     """`function` rewritten agrees with `function`; returns the replacements."""
     closed = jax.make_jaxpr(function)(*args)
-    expected, got = jax.tree.leaves(jax.jit(function)(*args)), jax.tree.leaves(jax.jit(rewrite(function))(*args))
+    expected, got = jax.tree.leaves(jax.jit(function)(*args)), jax.tree.leaves(jax.jit(traced_through(rewrite_jaxpr, function))(*args))
     for want, have in zip(expected, got, strict=True):
         assert want.shape == have.shape
         assert want.dtype == have.dtype
@@ -129,12 +131,12 @@ def test_products_per_pixel_hold_little(monkeypatch):
         return str(rewrite_jaxpr(jax.make_jaxpr(function)(*args))).count("conv_general_dilated[")
 
     before = convolutions()
-    monkeypatch.setattr("parafit.rewrite.convolutions.BLOCK_BYTES", 64)
+    monkeypatch.setattr("parafit.backends.cpu.convolutions.BLOCK_BYTES", 64)
     assert convolutions() == before + 1
 
 
 def test_patches_are_gathered_in_blocks(monkeypatch):
-    monkeypatch.setattr("parafit.rewrite.convolutions.BLOCK_BYTES", 2 * 9 * 27 * 4 * 4)  # four of nine rows
+    monkeypatch.setattr("parafit.backends.cpu.convolutions.BLOCK_BYTES", 2 * 9 * 27 * 4 * 4)  # four of nine rows
     args = operands("last", 2, 3, 4, 1, "float32")
 
     def product_count():
@@ -251,7 +253,7 @@ def test_the_maximum_s_gradient_is_identical_where_pools_hold_nans_infinities_an
         pool = gradients(lambda images, dims=dims: lax.reduce_window(images, -jnp.inf, lax.max, *dims), images)
         side_by_side = "concatenate[" in str(rewrite_jaxpr(jax.make_jaxpr(pool)(images)))
         assert side_by_side == (channels < 16 and dims[0] == dims[1])
-        for want, have in zip(jax.tree.leaves(pool(images)), jax.tree.leaves(rewrite(pool)(images))):
+        for want, have in zip(jax.tree.leaves(pool(images)), jax.tree.leaves(traced_through(rewrite_jaxpr, pool)(images))):
             np.testing.assert_array_equal(have, want)
 
 
@@ -318,7 +320,7 @@ def test_the_largest_few_are_identical_with_ties_nans_and_zeros():
     special = [1.0, jnp.nan, 2.0, 2.0, -jnp.inf, jnp.inf, -0.0, 0.0, jnp.nan, -1.0, -jnp.inf, 2.0, -jnp.nan]
     values = jnp.asarray([special, special[::-1], [3.0] * 13, [-jnp.inf] * 13], "float32")
     for count in (1, 3, 9):
-        want, have = lax.top_k(values, count), rewrite(lambda values, count=count: lax.top_k(values, count))(values)
+        want, have = lax.top_k(values, count), traced_through(rewrite_jaxpr, lambda values, count=count: lax.top_k(values, count))(values)
         np.testing.assert_array_equal(have[1], want[1])
         np.testing.assert_array_equal(np.asarray(have[0]).view("int32") & 0x7FC00000, np.asarray(want[0]).view("int32") & 0x7FC00000)
         np.testing.assert_array_equal(have[0], want[0])
@@ -385,14 +387,16 @@ def test_rematerialised_and_vectorised_steps():
     close(jax.grad(loss, argnums=(0, 1)), images[0], kernels[0])
     close(jax.vmap(jax.grad(loss, argnums=(0, 1))), images, kernels)
     step = jax.grad(loss, argnums=1)
-    np.testing.assert_allclose(jax.vmap(rewrite(step))(images, kernels), jax.vmap(step)(images, kernels), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.vmap(traced_through(rewrite_jaxpr, step))(images, kernels), jax.vmap(step)(images, kernels), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_rewritten_function_can_be_differentiated():
     args = operands("first", 2, 3, 4, 1, "float32")
     apply = convolution(layout="first")
     want = jax.grad(lambda *args: apply(*args).sum(), argnums=(0, 1))(*args)
-    have = jax.grad(lambda *args: rewrite(apply)(*args).sum(), argnums=(0, 1))(*args)
+    have = jax.grad(lambda *args: traced_through(rewrite_jaxpr, apply)(*args).sum(), argnums=(0, 1))(*args)
     for left, right in zip(have, want):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
 
@@ -422,7 +426,7 @@ def test_effects_survive(capsys):
     args = operands("last", 2, 3, 4, 1, "float32")
     closed = jax.make_jaxpr(step)(*args)
     assert rewrite_jaxpr(closed).effects == closed.effects
-    jax.block_until_ready(jax.jit(rewrite(step))(*args))
+    jax.block_until_ready(jax.jit(traced_through(rewrite_jaxpr, step))(*args))
     jax.effects_barrier()
     assert capsys.readouterr().out == "here 2\n"
 
@@ -441,7 +445,7 @@ def test_nothing_to_do_is_the_same_object():
 
 
 def test_trees_of_arguments_and_results():
-    doubled = rewrite(lambda tree, number: {"sum": tree["a"] + number, "rest": [tree["b"]]})
+    doubled = traced_through(rewrite_jaxpr, lambda tree, number: {"sum": tree["a"] + number, "rest": [tree["b"]]})
     assert jax.tree.map(float, doubled({"a": 1.0, "b": 2.0}, 3.0)) == {"sum": 4.0, "rest": [2.0]}
 
 

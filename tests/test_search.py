@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parafit.candidates import SAME_NUMBERS, TECHNIQUES, Candidates, techniques
-from parafit.compare import explain
-from parafit.cost import price
 from parafit.errors import PlanError
-from parafit.layout import undivided
-from parafit.machine import Machine
-from parafit.networks import named
-from parafit.plan import STORED, Plan
-from parafit.prices import Prices
-from parafit.program import Operation, Program, Tensor
-from parafit.ranking import GOALS, Choice, Ranking, value
-from parafit.search import search
-from parafit.software import Software
+from parafit.planner.cost.cost import price
+from parafit.planner.cost.framework import Software
+from parafit.planner.layout import undivided
+from parafit.planner.machine.machine import Machine
+from parafit.planner.networks import named
+from parafit.planner.plan import STORED, Plan
+from parafit.planner.program import Operation, Program, Tensor
+from parafit.planner.search.explain import explain
+from parafit.planner.search.memo import Prices
+from parafit.planner.search.ranking import GOALS, Choice, Ranking, value
+from parafit.planner.search.search import search
+from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, techniques
 
 SMALL = "gpt:layers=4,hidden=256,heads=8,sequence=128,vocabulary=1024"
 H100 = Machine.load("h100x8")
@@ -77,7 +77,7 @@ def test_the_order_of_candidates_changes_nothing(program, machine, allow, shuffl
 
     straight = search(program, machine, allow=allow)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parafit.search.Candidates", Shuffled)
+        patch.setattr("parafit.planner.search.search.Candidates", Shuffled)
         mixed = search(program, machine, allow=allow)
     assert mixed.best == straight.best
     fitting = [[one for one in ranking.others if "fit" not in one.reason] for ranking in (straight, mixed)]

@@ -16,10 +16,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-import parafit.perceptron
 import parafit.sklearn
+import parafit.sklearn.perceptron
 from parafit.errors import PlanError
-from parafit.plan import Plan
+from parafit.planner.plan import Plan
 
 unconverged = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -121,7 +121,7 @@ def test_sparse_rows_give_the_curve_of_dense_rows(solver):
 def test_rows_that_take_several_chunks_give_the_curve_of_one_chunk(monkeypatch):
     x, y = digits()
     whole, theirs = fit_both("MLPClassifier", x, y, batch_size=23)
-    monkeypatch.setattr(parafit.perceptron, "_CHUNK_BYTES", 4 * 23 * x.shape[1] * 8)
+    monkeypatch.setattr(parafit.sklearn.perceptron, "_CHUNK_BYTES", 4 * 23 * x.shape[1] * 8)
     chunked, _ = fit_both("MLPClassifier", x, y, batch_size=23)
     assert_same(chunked, whole, rtol=0)
     assert_same(chunked, theirs, rtol=1e-9)
@@ -247,7 +247,7 @@ def test_ctrl_c_keeps_the_weights_of_the_last_whole_epoch(monkeypatch):
     x, y = digits()
     with pytest.warns(ConvergenceWarning):
         short = parafit.sklearn.MLPClassifier((4,), max_iter=2, random_state=0).fit(x, y)
-    run_epochs = parafit.perceptron.Trainer.run_epochs
+    run_epochs = parafit.sklearn.perceptron.Trainer.run_epochs
 
     def interrupted(trainer, orders, **options):
         losses = run_epochs(trainer, orders, **options)
@@ -255,7 +255,7 @@ def test_ctrl_c_keeps_the_weights_of_the_last_whole_epoch(monkeypatch):
         yield next(losses)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parafit.perceptron.Trainer, "run_epochs", interrupted)
+    monkeypatch.setattr(parafit.sklearn.perceptron.Trainer, "run_epochs", interrupted)
     with pytest.warns(UserWarning, match="Training interrupted by user"):
         model = parafit.sklearn.MLPClassifier((4,), random_state=0).fit(x, y)
     assert_same(model, short, rtol=0)
@@ -305,10 +305,10 @@ def test_new_hyperparameters_compile_nothing_again():
     x, y = digits()
     for solver in ("adam", "sgd"):
         parafit.sklearn.MLPClassifier((4,), solver=solver, max_iter=1).fit(x, y)
-    programs = parafit.perceptron._run_chunk._cache_size()
+    programs = parafit.sklearn.perceptron._run_chunk._cache_size()
     parafit.sklearn.MLPClassifier((4,), alpha=1, learning_rate_init=0.1, beta_1=0.5, epsilon=0.1, random_state=7, max_iter=2).fit(x, y)
     parafit.sklearn.MLPClassifier((4,), solver="sgd", momentum=0.1, learning_rate="adaptive", tol=9, max_iter=2).fit(x, y)
-    assert parafit.perceptron._run_chunk._cache_size() == programs
+    assert parafit.sklearn.perceptron._run_chunk._cache_size() == programs
 
 
 @pytest.mark.parametrize("name", ["MLPClassifier", "MLPRegressor"])

@@ -11,7 +11,7 @@ from parafit.errors import DataError
 from parafit.tables import columns
 from parafit.tables.memory import from_memory
 from parafit.tables.prediction import Notes
-from parafit.tables.prepare import Preparation, fit_preparation
+from parafit.tables.preprocessing import Preparation, fit_preparation
 from parafit.tables.target import Quantity, fit_target, judge_target
 from parafit.tables.times import ISO
 

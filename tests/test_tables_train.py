@@ -15,8 +15,8 @@ from sklearn import metrics
 
 from parafit import Plan, api, forecast, tables
 from parafit.errors import DataError, ModelError, NonFiniteLossError, OutputError, PlanError
-from parafit.tables import folder, network, prediction
-from parafit.tables.network import choose_settings
+from parafit.tables import model_folder, networks, prediction
+from parafit.tables.networks import choose_settings
 from parafit.tables.scores import score
 from parafit.tables.target import Classes, Quantity
 from parafit.tables.training import split_rows
@@ -154,7 +154,7 @@ def test_prediction_files_that_cannot_be_written(trained, tmp_path, out, error, 
 
 def test_the_folder(trained):
     _, place = trained
-    assert sorted(path.name for path in place.iterdir()) == sorted(folder.FILES)
+    assert sorted(path.name for path in place.iterdir()) == sorted(model_folder.FILES)
     assert [path.name for path in place.parent.iterdir()] == ["flowers"]
     history = json.loads((place / "history.json").read_text())
     assert history["stopped"] is None
@@ -200,7 +200,7 @@ def test_a_file_as_people_write_it(tmp_path):
     report = (tmp_path / "a" / "report.html").read_text()
     for words in (*result.notes, "decimal comma, groups of digits parted by &#x27;.&#x27;, unit &#x27;€&#x27;"):
         assert words.replace("'", "&#x27;") in report
-    again = folder.read_folder(tmp_path / "a")
+    again = model_folder.read_folder(tmp_path / "a")
     assert (again.notes, again.preparation) == (result.notes, result.preparation)
     new = houses(seed=1)
     texts = new.select(size=pl.Series(written(new["size"], True)), noise=pl.Series(written(new["noise"], False)))
@@ -221,7 +221,7 @@ def test_codes_as_target_come_back_as_they_were(tmp_path, labels, predicted):
     species = pl.Series("code", [labels[species == "iris"] for species in flowers()["species"]])
     table = flowers().drop("species").with_columns(species)
     result = train(table, "code", out=tmp_path / "a", epochs=20)
-    answers = tables.predict(folder.read_folder(tmp_path / "a"), table)["prediction"]
+    answers = tables.predict(model_folder.read_folder(tmp_path / "a"), table)["prediction"]
     assert (answers.dtype, set(answers)) == (predicted, set(labels))
     assert (answers == table["code"]).mean() > 0.9
     assert result.scores["test"]["accuracy"] > 0.9
@@ -283,14 +283,14 @@ def test_a_boolean_target_comes_back_boolean():
 
 def test_a_folder_reads_back(trained):
     result, place = trained
-    again = folder.read_folder(place)
+    again = model_folder.read_folder(place)
     assert (again.preparation, again.plan, again.scores, again.history) == (result.preparation, result.plan, result.scores, result.history)
 
 
 def test_a_second_run_replaces_its_own_folder_by_force(tmp_path):
     train(epochs=1, out=tmp_path / "deep" / "a")
     train(epochs=2, out=tmp_path / "deep" / "a", force=True)
-    assert len(folder.read_folder(tmp_path / "deep" / "a").history["loss"]) == 2
+    assert len(model_folder.read_folder(tmp_path / "deep" / "a").history["loss"]) == 2
     assert os.listdir(tmp_path / "deep") == ["a"]
 
 
@@ -303,7 +303,7 @@ def test_a_model_is_kept_unless_forced(trained, monkeypatch):
 def test_a_model_that_came_during_training_is_kept(tmp_path):
     result = train(epochs=1, out=tmp_path / "a")
     before = (tmp_path / "a" / "model.keras").read_bytes()
-    assert folder.write_folder(tmp_path / "a", result, "second") == tmp_path / "a-2"
+    assert model_folder.write_folder(tmp_path / "a", result, "second") == tmp_path / "a-2"
     assert (tmp_path / "a" / "model.keras").read_bytes() == before
     assert (tmp_path / "a-2" / "report.html").read_text() == "second"
 
@@ -312,7 +312,7 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path, monkeypatch):
     result = train(epochs=1, out=tmp_path / "a")
     monkeypatch.setattr(type(result.plan), "to_json", lambda plan: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OutputError, match=r"no space left.*Nothing was replaced"):
-        folder.write_folder(tmp_path / "a", result, "new", force=True)
+        model_folder.write_folder(tmp_path / "a", result, "new", force=True)
     assert "Confusion" in (tmp_path / "a" / "report.html").read_text()
     assert os.listdir(tmp_path) == ["a"]
 
@@ -374,7 +374,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in folder.FILES if name != "report.html"])
+@pytest.mark.parametrize("name", [name for name in model_folder.FILES if name != "report.html"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_files_of_a_folder(trained, tmp_path, name, damage):
     place = shutil.copytree(trained[1], tmp_path / "a")
@@ -422,7 +422,7 @@ def test_ctrl_c_keeps_the_best_weights_and_the_history(tmp_path, monkeypatch, fi
 
     monkeypatch.setattr(api, "fit", fit)
     result = train(epochs=1000, out=tmp_path / "a")
-    again = folder.read_folder(tmp_path / "a")
+    again = model_folder.read_folder(tmp_path / "a")
     assert result.stopped == again.stopped == "interrupted by Ctrl-C"
     assert len(again.history.get("loss", [])) == finished
     assert "interrupted by Ctrl-C" in (tmp_path / "a" / "report.html").read_text()
@@ -567,7 +567,7 @@ def test_labels_as_the_loss_wants_them():
     net = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, "softmax")])
     for loss, shape in (("sparse_categorical_crossentropy", (3,)), (keras.losses.CategoricalCrossentropy(), (3, 2))):
         net.compile(loss=loss)
-        assert network.encode_labels(net, classes, np.array([0, 1, 0])).shape == shape
+        assert networks.encode_labels(net, classes, np.array([0, 1, 0])).shape == shape
 
 
 @pytest.mark.slow

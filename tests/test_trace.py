@@ -14,17 +14,19 @@ from jax.interpreters import ad, mlir
 from keras import layers
 
 import parafit
-from parafit.adapt import KerasModel
-from parafit.arrays import arrays_of
-from parafit.dims import Dims
+from parafit.adapters.keras import KerasModel
+from parafit.backends.cpu.arrays import arrays_of
+from parafit.backends.cpu.stored import stored
 from parafit.errors import ModelError
-from parafit.fold import fold_blocks
-from parafit.program import KINDS, PHASES, ROLES
-from parafit.trace import jaxpr_of, trace, trace_loss, trace_step
-from parafit.walk import Leaf, Walk
+from parafit.planner.program import KINDS, PHASES, ROLES
+from parafit.tracing.blocks import fold_blocks
+from parafit.tracing.dims import Dims
+from parafit.tracing.graph import Leaf, Walk
+from parafit.tracing.trace import jaxpr_of, trace, trace_loss, trace_step
 from tests.zoo import ZOO
 
 ROWS = 16
+as_traced = functools.partial(stored, lower=lambda closed: closed)
 
 
 def shape(*sizes, dtype="float32"):
@@ -475,10 +477,10 @@ def test_flax_modules_and_optax():
 def test_products_that_ask_for_another_order_of_dims_read_copies():
     """The heads of attention lie between tokens and features; a dense layer reads its rows as they lie."""
     one, heads = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((8, 16), (2, 8, 4, 16)))
-    scores = trace(lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k), (heads, heads), _inputs("q", "k"), lower=lambda traced: traced)
+    scores = trace(lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k), (heads, heads), _inputs("q", "k"), stored=as_traced)
     copies = [operation for operation in scores.operations if operation.kind == "move"]
     assert [operation.bytes for operation in copies] == [2 * 4 * 1024] * 2
-    plain = trace(lambda x, w: x @ w, (one, jax.ShapeDtypeStruct((16, 4), "float32")), _inputs("x", "w"), lower=lambda traced: traced)
+    plain = trace(lambda x, w: x @ w, (one, jax.ShapeDtypeStruct((16, 4), "float32")), _inputs("x", "w"), stored=as_traced)
     assert not any(operation.kind == "move" for operation in plain.operations)
 
 

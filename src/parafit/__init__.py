@@ -11,22 +11,22 @@ labels = parafit.predict(model, x_new)
 
 Read `api.py` first. Importing parafit chooses Keras' JAX backend where none was chosen, keeps compiled programs
 on disk so that a second start compiles nothing again, and, where JAX computes on the processor, lets all threads share one heap
-(`heap.py`); Keras and JAX themselves are imported when first needed.
+(`backends/cpu/malloc.py`); Keras and JAX themselves are imported when first needed.
 """
 
 import importlib
 
-from parafit import cluster, heap, imports, programs
+from parafit import backends
+from parafit.support import environment, imports, programs
 
 __version__ = "0.1.0"
 __all__ = ["Machine", "Plan", "errors", "evaluate", "explain", "find_plan", "fit", "predict"]
 
-_HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "plan"}
-_HOMES |= {"find_plan": "planner", "explain": "compare", "Machine": "machine"}
+_HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "planner.plan"}
+_HOMES |= {"find_plan": "planning", "explain": "planner.search.explain", "Machine": "planner.machine.machine"}
 
-cluster.prepare()
-if cluster.computes_on_processor():
-    heap.use_one_arena()
+environment.prepare()
+backends.prepare()
 imports.defer_slow_parts_of_keras()
 imports.when_imported("jax", programs.keep_programs)
 

@@ -9,15 +9,19 @@ from functools import cached_property, partial
 from types import GeneratorType
 from typing import Any
 
-from parafit import checks, compat, data, forecast, run
-from parafit.adapt import Adapter, Step
-from parafit.arguments import check_arguments
-from parafit.callbacks import batch_strides, callback_list
+from parafit import backends, forecast
+from parafit.adapters import adapter_of, checks
+from parafit.adapters.keras_callbacks import batch_strides, callback_list
+from parafit.adapters.step import Adapter, Step
+from parafit.data import inputs
+from parafit.data.feed import Feed
 from parafit.errors import ModelError, PlanError
-from parafit.mesh import Placement
-from parafit.models import adapter_of
-from parafit.plan import Plan
-from parafit.progress import settle
+from parafit.execution import loop
+from parafit.execution.runner import settle
+from parafit.placement import Placement
+from parafit.planner.plan import Plan
+from parafit.support import compat
+from parafit.support.arguments import check_arguments
 
 
 def fit(
@@ -101,11 +105,11 @@ def fit(
             **options,
         )
     if validation_split and validation_data is None:
-        x, y, sample_weight = data.plain(x, y, sample_weight)
-        data.check_lengths(x, y, sample_weight)
+        x, y, sample_weight = inputs.plain(x, y, sample_weight)
+        inputs.check_lengths(x, y, sample_weight)
         checks.check_split(x, validation_split)
         (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
-    feed = data.Feed(x, y, sample_weight, steps_per_execution=model.steps_per_execution, **options)
+    feed = Feed(x, y, sample_weight, steps_per_execution=model.steps_per_execution, **options)
     checks.build(adapter, feed, "fit")
     step = adapter.train_step()
     program = forecast.programs(adapter, step, feed.shapes)
@@ -123,7 +127,7 @@ def fit(
     def validate(epoch: int) -> dict:
         return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
 
-    progress = run.Progress(adapter, step, placement)
+    progress = loop.Progress(adapter, step, placement)
     blocks = feed.foreseen()
     progress.compile(blocks)
     price = forecast.foresee(progress, placement.plan, blocks[0].arrays, program) if verbose and blocks else None
@@ -131,9 +135,9 @@ def fit(
         print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
         forecast.print_breaches(progress, blocks[0].arrays, program)
     feed.restart()
-    run.train(
-        progress, feed, listed, pace, first_epoch=lambda: compat.restored_epoch(model) or initial_epoch, epochs=epochs, validate=validate
-    )
+    first_epoch = lambda: compat.restored_epoch(model) or initial_epoch  # noqa: E731
+    with backends.current().running():
+        loop.train(progress, feed, listed, pace, first_epoch=first_epoch, epochs=epochs, validate=validate)
     if price and pace.steps:
         print(price.score(pace.seconds / pace.steps))
         forecast.remember(model.name, placement.plan, feed.rows_per_batch, price, pace.seconds / pace.steps)
@@ -173,7 +177,7 @@ def evaluate(
     if reason := _why_stepwise(adapter, x, y, sample_weight):
         _leave_to_keras(model, placement.plan, reason)
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
-    feed = data.Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
+    feed = Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
     checks.build(adapter, feed, "evaluate")
     step = adapter.test_step()
     program = forecast.programs(adapter, step, feed.shapes)
@@ -214,7 +218,7 @@ def predict(
     if reason := _why_stepwise(adapter, x):
         _leave_to_keras(model, placement.plan, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
-    feed = data.Feed(x, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
+    feed = Feed(x, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
     checks.build(adapter, feed, "predict")
     step = adapter.predict_step()
     program = forecast.programs(adapter, step, feed.shapes)
@@ -224,7 +228,8 @@ def predict(
     feed.limit(pace.strides)
     if feed.was_drawn:
         feed.restart()
-    return run.predict(adapter, feed, listed, pace, placement)
+    with backends.current().running():
+        return loop.predict(adapter, feed, listed, pace, placement)
 
 
 class _Validation:
@@ -238,8 +243,8 @@ class _Validation:
             self._feed  # noqa: B018  (made, so that what is wrong with the data is said now)
 
     @cached_property
-    def _feed(self) -> data.Feed:
-        feed = data.Feed(*self._data, **self._options)
+    def _feed(self) -> Feed:
+        feed = Feed(*self._data, **self._options)
         checks.check(self._adapter, feed, "evaluate", "validation_data")
         return feed
 
@@ -248,18 +253,19 @@ class _Validation:
         return {f"val_{name}": value for name, value in logs.items()}
 
 
-def _evaluate(adapter: Adapter, feed: data.Feed, callbacks, placement: Placement) -> dict:
+def _evaluate(adapter: Adapter, feed: Feed, callbacks, placement: Placement) -> dict:
     pace = _pace(callbacks, "test", adapter.model)
     feed.limit(pace.strides)
     feed.restart()
-    return run.evaluate(adapter, feed, callbacks, pace, placement)
+    with backends.current().running():
+        return loop.evaluate(adapter, feed, callbacks, pace, placement)
 
 
-def _pace(callbacks, phase: str, model) -> run.Pace:
-    return run.Pace(batch_strides(callbacks, phase, model.steps_per_execution), model.steps_per_execution)
+def _pace(callbacks, phase: str, model) -> loop.Pace:
+    return loop.Pace(batch_strides(callbacks, phase, model.steps_per_execution), model.steps_per_execution)
 
 
-def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed, program, verbose) -> Placement:
+def _choose(plan: Plan | str, placement: Placement, step: Step, feed: Feed, program, verbose) -> Placement:
     """The placement of the plan that was asked for, or for "auto" of the one that suits the model, the data and the machine."""
     if plan != "auto" or not feed.knows_shapes:
         return placement
@@ -267,7 +273,7 @@ def _choose(plan: Plan | str, placement: Placement, step: Step, feed: data.Feed,
 
 
 def _why_stepwise(adapter: Adapter, *parts) -> str | None:
-    return "the data is sparse or ragged" if data.is_sparse(*parts) else adapter.why_stepwise()
+    return "the data is sparse or ragged" if inputs.is_sparse(*parts) else adapter.why_stepwise()
 
 
 def _leave_to_keras(model, plan: Plan, reason: str) -> None:

@@ -6,22 +6,22 @@ from typing import Any
 
 import jax
 
-from parafit import calibrate, checks, residuals
-from parafit.adapt import Adapter, Step, remembered
-from parafit.candidates import SAME_NUMBERS
-from parafit.cost import price as price_of
-from parafit.data import Feed
+from parafit.adapters import adapter_of, checks
+from parafit.adapters.step import Adapter, Step, remembered
+from parafit.calibration import calibrate, history
+from parafit.data.feed import Feed
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
-from parafit.layout import undivided
-from parafit.models import adapter_of
-from parafit.plan import Plan
-from parafit.planner import RUNS, refused_techniques, step_program, this_machine
-from parafit.price import Price
-from parafit.program import Program
-from parafit.progress import Progress
-from parafit.search import search
-from parafit.software import Software
-from parafit.trace import shapes_of
+from parafit.execution.runner import Progress
+from parafit.planner.cost.cost import price as price_of
+from parafit.planner.cost.framework import Software
+from parafit.planner.layout import undivided
+from parafit.planner.plan import Plan
+from parafit.planner.price import Price
+from parafit.planner.program import Program
+from parafit.planner.search.search import search
+from parafit.planner.search.space import SAME_NUMBERS
+from parafit.planning import RUNS, refused_techniques, step_program, this_machine
+from parafit.tracing.trace import shapes_of
 
 _KERNEL_DIMS = 3
 """A convolution's kernel has at least these: places, channels, filters."""
@@ -123,9 +123,9 @@ def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], P
         seconds = cost.seconds if calibrate.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
     except (ModelError, ProgramError, PlanError, MachineError) as error:
         print(f"parafit: the cost model does not know this step: {error}")
-    past = residuals.load(machine=calibrate.machine_id())
+    past = history.load(machine=calibrate.machine_id())
     return Price(
-        seconds_per_step=seconds * residuals.correction(past, seconds) if seconds else progress.time(arrays),
+        seconds_per_step=seconds * history.correction(past, seconds) if seconds else progress.time(arrays),
         peak_bytes=peak_bytes,
         compiled_bytes=chunk.peak_bytes,
         modelled_seconds=seconds,
@@ -160,7 +160,7 @@ def remember(name: str, plan: Plan, batch: int, price: Price, seconds_per_step: 
     """
     if not price.modelled_seconds:
         return
-    residual = residuals.Residual(
+    residual = history.Residual(
         machine=calibrate.machine_id(),
         model=name,
         batch=batch,
@@ -172,6 +172,6 @@ def remember(name: str, plan: Plan, batch: int, price: Price, seconds_per_step: 
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     try:
-        residuals.append(residual)
+        history.append(residual)
     except OSError as error:
         print(f"parafit: this run's score could not be kept for `parafit report`: {error}")

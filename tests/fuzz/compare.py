@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import keras
 import numpy as np
-import pytest
 
 import parafit
 from parafit.nnx import Trainable
@@ -51,7 +50,7 @@ def compare(make: Callable[[], Any], x, y, *, plan: str, batch_size: int, single
         single: whether part of the network computes in float32.
     """
     try:
-        with pytest.MonkeyPatch.context() as patch, read_splits(patch) as splits:
+        with read_splits() as splits:
             many = outcome(make, x, y, plan=plan, batch_size=batch_size)
     except (parafit.errors.PlanError, parafit.errors.ModelError) as error:
         return Verdict("refused", str(error))

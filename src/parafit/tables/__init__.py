@@ -1,6 +1,6 @@
 """Tables: `train` fits a network to one, `predict` applies it to another. Read `training` first."""
 
-from parafit.tables.folder import TableModel
+from parafit.tables.model_folder import TableModel
 from parafit.tables.prediction import predict, predict_file
 from parafit.tables.training import train
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from parafit import api
 from parafit.errors import DataError, OutputError
-from parafit.tables import network
+from parafit.tables import networks
 from parafit.tables.columns import Treatment
-from parafit.tables.folder import TableModel, read_folder
 from parafit.tables.kinds import MOST_BAD
-from parafit.tables.prepare import Inputs
+from parafit.tables.model_folder import TableModel, read_folder
+from parafit.tables.preprocessing import Inputs
 from parafit.tables.read import BINARY_FORMATS, read_batches, read_table, table_format
 from parafit.tables.rows import MOST_SHOWN, Table, add_notes, bad_words, note_words, some_of
 from parafit.tables.text import TEXT_FORMATS
@@ -160,7 +160,7 @@ def _outputs(fitted: TableModel, values: np.ndarray) -> np.ndarray:
     if not len(values):
         return np.zeros((0, target.output_size))
     outputs = api.predict(fitted.model, values, batch_size=_STEP_ROWS, verbose=0)
-    return network.to_predictions(fitted.model, target, outputs)
+    return networks.to_predictions(fitted.model, target, outputs)
 
 
 def _check_other_file(table: Path, out: Path) -> None:

@@ -9,29 +9,20 @@ import numpy as np
 
 from parafit import api, forecast
 from parafit.errors import DataError, NonFiniteLossError
-from parafit.mesh import Placement
-from parafit.plan import Plan
-from parafit.tables import network, show, summary
-from parafit.tables.folder import TableModel, check_folder, write_folder
-from parafit.tables.network import Settings, choose_settings
-from parafit.tables.prepare import Preparation, check_columns, fit_preparation
+from parafit.placement import Placement
+from parafit.planner.plan import Plan
+from parafit.tables import console, networks, report_page
+from parafit.tables.model_folder import TableModel, check_folder, write_folder
+from parafit.tables.networks import Settings, choose_settings
+from parafit.tables.preprocessing import Preparation, check_columns, fit_preparation
 from parafit.tables.read import read_table
 from parafit.tables.rows import Table, bad_words, note_words
 from parafit.tables.scores import score
+from parafit.tables.split import Split, split_rows
 from parafit.tables.target import Judgement, fit_target, judge_target
 
 _LEAST_ROWS = 20
-_TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.15
 _PREDICT_BATCH_SIZE = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Which rows (indices) the network learns from, which decide when to stop, and which it never sees."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
 
 
 def train(
@@ -59,7 +50,7 @@ def train(
         target: the column to predict.
         task: "classification" or "regression"; inferred from the target if not given.
         model: the network: a `.keras` file, or a `.py` file with `build_model(input_shape, output_size)`; see
-            `parafit.tables.network.load_network`. A default for the data's size if not given.
+            `parafit.tables.networks.load_network`. A default for the data's size if not given.
         epochs: the most there will be.
         batch_size: rows of one step over all devices together.
         seed: of the split, the initial weights, dropout and shuffling; sets Python's, NumPy's and Keras' global seeds.
@@ -86,9 +77,9 @@ def train(
     if out is not None:
         check_folder(out, force=force)
     if model is not None:
-        network.check_model_file(model)
+        networks.check_model_file(model)
     Placement(Plan.read(plan))  # refuses what cannot run here
-    screen = show.Screen(verbose)
+    screen = console.Screen(verbose)
     read, judged, notes = _read_training_table(table, target, task)
     frame = read.frame
     goal, split, preparation = _prepare(read, target, judged, seed)
@@ -100,19 +91,19 @@ def train(
     keras.utils.set_random_seed(seed)
     net = _network(model, inputs.shape[1], preparation, settings, len(split.train))
     codes = goal.encode(frame.get_column(target))
-    labels = network.encode_labels(net, goal, codes)
+    labels = networks.encode_labels(net, goal, codes)
     found = forecast.plan_for(net, inputs[split.train], labels[split.train], batch_size=settings.batch_size, plan=plan)
     screen.network(net, settings, found, split)
     chosen_plan = replace(found)  # without its ranking, which was shown
     run = _fit(net, inputs, labels, split, settings, chosen_plan, screen)
     outputs = api.predict(net, inputs, batch_size=_PREDICT_BATCH_SIZE, verbose=0, plan=chosen_plan)
-    predictions = network.to_predictions(net, goal, outputs)
+    predictions = networks.to_predictions(net, goal, outputs)
     scores = {part: score(goal, codes[rows], predictions[rows]) for part, rows in vars(split).items()}
     told = {"history": run.history, "scores": scores, "stopped": run.stopped, "notes": tuple(notes)}
     result = TableModel(model=net, preparation=preparation, plan=chosen_plan, **told)
     screen.scores(result, run.seconds)
     if out is not None:
-        report = summary.page_for(result, read.name, prepared, settings, codes[split.test], predictions[split.test])
+        report = report_page.page_for(result, read.name, prepared, settings, codes[split.test], predictions[split.test])
         screen.written(write_folder(out, result, report, force=force))
     if run.error:
         raise run.error
@@ -154,39 +145,13 @@ def _prepare(table: Table, target: str, judged: Judgement, seed: int):
     return goal, split, fit_preparation(table.frame, goal, split.train, table.rows)
 
 
-def split_rows(classes: np.ndarray, seed: int) -> Split:
-    """Rows for training, validation and test, each class shared out in the same proportion.
-
-    Args:
-        classes: the class of each row, of shape (rows,).
-        seed: another seed, another split.
-
-    Raises:
-        DataError: every class is too small to be shared out.
-    """
-    random = np.random.default_rng(seed)
-    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
-    for one in np.unique(classes):
-        rows = random.permutation(np.flatnonzero(classes == one))
-        tests = round(len(rows) * _TEST_SHARE)
-        validations = round((len(rows) - tests) * _VALIDATION_SHARE)
-        for part, share in zip(("test", "validation", "train"), np.split(rows, [tests, tests + validations])):
-            parts[part].append(share)
-    split = {part: np.sort(np.concatenate(shares)) for part, shares in parts.items()}
-    if any(not len(rows) for rows in split.values()):
-        raise DataError(
-            f"{len(classes)} rows in {len(np.unique(classes))} classes are too few to test on: expected at least 5 rows of some class."
-        )
-    return Split(**split)
-
-
 def _network(model, input_size: int, preparation: Preparation, settings: Settings, rows: int):
     if model is None:
-        return network.default_network(input_size, preparation.target, settings, rows)
-    return network.load_network(model, input_size, preparation.target, settings, rows)
+        return networks.default_network(input_size, preparation.target, settings, rows)
+    return networks.load_network(model, input_size, preparation.target, settings, rows)
 
 
-def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Settings, plan: Plan, screen: "show.Screen") -> _Run:
+def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Settings, plan: Plan, screen: console.Screen) -> _Run:
     import keras
 
     record = keras.callbacks.History()  # first, so that an epoch that is shown has been recorded

@@ -1,0 +1,51 @@
+"""Keras callbacks, and how often each must be given control."""
+
+import keras
+from keras.callbacks import Callback
+
+from parafit.support import compat
+
+_HOOKS = {
+    "train": ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end"),
+    "test": ("on_test_batch_begin", "on_test_batch_end"),
+    "predict": ("on_predict_batch_begin", "on_predict_batch_end"),
+}
+
+
+def callback_list(callbacks, model, *, verbose, epochs: int, steps: int | None, history: bool) -> keras.callbacks.CallbackList:
+    """The user's callbacks with Keras' progress bar and, for training, History; a CallbackList is taken as it is."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    return keras.callbacks.CallbackList(
+        callbacks, add_history=history, add_progbar=verbose != 0, verbose=verbose, epochs=epochs, steps=steps, model=model
+    )
+
+
+def batch_strides(callbacks: keras.callbacks.CallbackList, phase: str, steps_per_execution: int) -> list[int]:
+    """Every how many batches some callback must have control: one number per callback that needs it.
+
+    Args:
+        callbacks: the run's callbacks.
+        phase: "train", "test" or "predict".
+        steps_per_execution: what the model was compiled with: the user's own word on how often is enough.
+
+    Keras' own callbacks are known; a callback of the user's that has a batch hook gets every batch. Checkpoints that count batches
+    count executions where these are of several, as in Keras.
+    """
+    strides = (_stride(callback, hook, steps_per_execution) for callback in callbacks.callbacks for hook in _HOOKS[phase])
+    return sorted({stride for stride in strides if stride is not None})
+
+
+def _stride(callback: Callback, hook: str, otherwise: int) -> int | None:
+    if hook in vars(callback):  # LambdaCallback sets its hooks on the instance
+        return otherwise
+    owner = next(owner for owner in type(callback).__mro__ if hook in vars(owner))
+    known = {Callback: None, keras.callbacks.ProgbarLogger: None, keras.callbacks.TerminateOnNaN: None}
+    if owner in known:
+        return known[owner]
+    if owner in (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore, keras.callbacks.OrbaxCheckpoint):
+        saves = isinstance(callback.save_freq, int) and callback.save_freq
+        return (callback.save_freq if otherwise == 1 else otherwise) if saves else None
+    if owner is keras.callbacks.TensorBoard and callback.update_freq == "epoch" and not compat.times_batches(callback):
+        return None
+    return otherwise

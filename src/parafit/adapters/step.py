@@ -1,0 +1,180 @@
+"""A user's model as a pure step over explicit state."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import jax
+
+from parafit.planner.layout import Owner
+from parafit.planner.program import told_apart
+from parafit.support import compat
+
+State = tuple[list[jax.Array], ...]
+"""Groups of arrays: weights that a step changes, statistics and seeds, optimizer slots, metrics."""
+
+_KEPT: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A training step in parts, for plans that put something between them.
+
+    Attributes:
+        loss: `(weights, (non-trainable, optimizer, metrics), batch) -> (scaled loss, (loss, predictions, non-trainable, metrics))`.
+        measure: `(metrics, loss, predictions, batch) -> (logs, metrics)`.
+        update: `(optimizer, gradients, weights) -> (weights, optimizer)`.
+        couples: why the loss of a batch is not the mean of the losses of its parts, "" where it is.
+    """
+
+    loss: Callable
+    measure: Callable
+    update: Callable
+    couples: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a model as a pure function, and the variables its state comes from.
+
+    Attributes:
+        name: "train", "test" or "predict".
+        function: `(fixed, state, batch) -> (outputs, state)`; outputs are the logs, or the predictions.
+        variables: the model's variables that the step changes, in the groups and order of the state.
+        fixed_variables: the weights that the step only reads.
+        stops_on_bad_loss: whether a loss that is not finite ends training (not under loss scaling, which skips such steps).
+        identity: objects that stay the same while a program compiled from this step stays right.
+        parts: a training step in parts, None where the model's class has a step of its own.
+        own: the method in which it has it, "" where it has none.
+        get: gives the array of a variable, by reference.
+        put: lets a variable hold an array, by reference.
+    """
+
+    name: str
+    function: Callable[[list[jax.Array], State, Any], tuple[Any, State]]
+    variables: tuple[Sequence[Any], ...]
+    fixed_variables: Sequence[Any] = ()
+    stops_on_bad_loss: bool = False
+    identity: tuple
+    parts: Parts | None = None
+    own: str = ""
+    get: Callable[[Any], Any] = compat.read_variable
+    put: Callable[[Any, Any], None] = compat.write_variable
+
+    @property
+    def weights(self) -> Sequence[Any]:
+        """The weights that training changes, whether or not this step does."""
+        return self.variables[0] if self.name == "train" else self.fixed_variables
+
+    @property
+    def weight_count(self) -> int:
+        """Numbers in all `weights` together."""
+        return sum(math.prod(weight.shape) for weight in self.weights)
+
+    @property
+    def owners(self) -> tuple[list[Owner], tuple[list[Owner], ...]]:
+        """What each array is that the step reads only, and each array of the state: this alone says what is a slot."""
+        shapes = {variable.path: tuple(variable.shape) for variable in self.weights}
+        weights = {id(variable) for variable in self.weights}
+        names = iter(self.names)
+        fixed, *state = (
+            [_owner(each, next(names), shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables)
+        )
+        return fixed, tuple(state)
+
+    @property
+    def names(self) -> list[str]:
+        """The paths of the same arrays in the same order, equal ones numbered: Keras' Adafactor has several of one path."""
+        return told_apart(variable.path for group in (self.fixed_variables, *self.variables) for variable in group)
+
+    def may_end_training(self, logs: Any) -> bool:
+        """Whether training ends where the loss among these logs is not finite; a step of the user's own may log what it likes."""
+        return self.stops_on_bad_loss and isinstance(logs, dict) and getattr(logs.get("loss"), "shape", None) == ()
+
+    def read(self) -> State:
+        """The state as the model holds it now: arrays by reference."""
+        return tuple([self.get(variable) for variable in group] for group in self.variables)
+
+    def read_fixed(self) -> list[jax.Array]:
+        """The arrays of the weights that the step only reads."""
+        return [self.get(variable) for variable in self.fixed_variables]
+
+    def write(self, state: State) -> None:
+        """Let the model hold this state: arrays by reference."""
+        for group, arrays in zip(self.variables, state):
+            for variable, array in zip(group, arrays):
+                self.put(variable, array)
+
+
+class Adapter(Protocol):
+    """A model the way parafit runs it.
+
+    Attributes:
+        model: what callbacks see.
+        keeper: compiled programs are kept for as long as this object lives.
+    """
+
+    model: Any
+    keeper: Any
+
+    def why_stepwise(self) -> str | None:
+        """Why this model must run one Python step at a time, None where whole chunks of steps can be compiled."""
+        ...
+
+    def build(self, example: Callable[[], Any]) -> None:
+        """Create all variables; `example` draws a batch, and is called only if the model needs one."""
+        ...
+
+    def build_layers(self, example: Callable[[], Any]) -> None:
+        """Create the variables that predicting needs."""
+        ...
+
+    def train_step(self) -> Step: ...
+    def test_step(self) -> Step: ...
+    def predict_step(self) -> Step: ...
+
+    def result(self, logs: dict) -> dict[str, Any]:
+        """An epoch's logs, from those of its last step; a step of the user's own may nest them."""
+        ...
+
+    def scores(self, logs: dict) -> Any:
+        """Logs as `evaluate` returns them: a number if there is only the loss, else a list."""
+        ...
+
+    def finish_training(self) -> None:
+        """What is done once after the last step."""
+        ...
+
+
+def remembered(keeper: Any, step: Step, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make()` gave for this model and key, made once for as long as the model stays as it is.
+
+    Args:
+        keeper: the model's `Adapter.keeper`; what is kept goes when it goes.
+        step: its `identity` tells whether the model is as it was.
+        key: tells apart what is kept.
+        make: called where nothing is kept, or nothing that is still right.
+    """
+    kept = _KEPT.setdefault(keeper, {})
+    identity, made = kept.get((step.name, key), ((), None))
+    if made is None or len(identity) != len(step.identity) or any(ours is not theirs for ours, theirs in zip(identity, step.identity)):
+        made = make()
+        kept[step.name, key] = step.identity, made
+    return made
+
+
+def _owner(variable, unique_name: str, parameters: dict[str, tuple], is_weight: bool) -> Owner:
+    """A slot is named after its parameter: "adam/dense_kernel_momentum" (Keras), "optimizer/0/mu/dense/kernel" (Flax)."""
+    path, shape = variable.path, tuple(variable.shape)
+    if is_weight:
+        return Owner("parameter", path)
+    name = path.rpartition("/")[2]
+    fits = (each for each in parameters if parameters[each] == shape)
+    named = [
+        each
+        for each in fits
+        if name.startswith(each.replace("/", "_") + "_") or (path.startswith("optimizer/") and path.endswith("/" + each))
+    ]
+    return Owner("slot", max(named, key=len)) if named and shape else Owner("state", unique_name)

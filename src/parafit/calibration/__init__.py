@@ -1,0 +1,1 @@
+"""How fast is this machine? Probes, and how past predictions fared."""

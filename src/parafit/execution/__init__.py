@@ -1,0 +1,1 @@
+"""How does a plan run? Compiled steps and the loop around them."""

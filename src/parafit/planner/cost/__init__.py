@@ -1,0 +1,1 @@
+"""What a program takes under a plan: seconds, bytes, and why."""

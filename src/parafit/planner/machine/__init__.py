@@ -1,0 +1,1 @@
+"""What a plan runs on: devices, links and their measured rates."""

@@ -1,0 +1,73 @@
+"""The rate of a product of matrices between measured ones. Plain Python."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_SOFT, _STIFF = 0.3, 0.03
+"""What is added to squared distances, so that one measurement does not decide alone; and to slopes."""
+
+_RAGGED = 0.5
+"""How far rows that do not start with a cache line are from those that do, where twice the size is 1."""
+
+_LINE_BYTES, _PAGE_BYTES = 64, 4096
+"""Of a processor's cache and memory."""
+
+
+def rate_between(table: Iterable[tuple[Any, ...]], name: str, rows: float, inner: float, columns: float) -> float:
+    """FLOP/s at a shape: a plane through the logarithms of the rates of shapes alike (locally weighted regression, Cleveland 1979), each
+    weighted by the inverse sixth power of its distance. What is larger than all is as fast as the largest; nothing is faster than all.
+
+    Args:
+        table: as `parafit.planner.machine.machine.Matmul.table`.
+        name: of the rows of it that count; 0 if there are none.
+        rows, inner, columns: of the product.
+
+    >>> table = [("float32", 256, 256, 256, 1e11), ("float32", 1024, 1024, 1024, 3e11)]
+    >>> [round(rate_between(table, "float32", size, size, size) / 1e11, 3) for size in (256, 1024, 4096)]
+    [1.0, 3.0, 3.0]
+    """
+    known = [(shape, math.log(rate)) for each, *shape, rate in table if each == name]
+    if not known:
+        return 0.0
+    most = [max(values) for values in zip(*(shape for shape, _ in known))]
+    wanted = [min(size, limit) for size, limit in zip((rows, inner, columns), most)]
+    here = _traits(wanted, name)
+    lines = []
+    for shape, value in known:
+        offset = [1.0, *(place - ours for place, ours in zip(_traits(shape, name), here))]
+        distance = sum(part**2 for part in offset[1:])
+        if distance < 1e-9:
+            return math.exp(value)
+        lines.append((offset, value, (distance + _SOFT) ** -3))
+    stiff = _STIFF * sum(weight for *_, weight in lines)
+    places = range(1 + len(here))
+    matrix = [
+        [sum(w * a[i] * a[j] for a, _, w in lines) + stiff * (i == j > 0) for j in places] + [sum(w * a[i] * v for a, v, w in lines)]
+        for i in places
+    ]
+    fastest = max(value for _, value in known)
+    return math.exp(min(fastest, _solved(matrix)[0]))
+
+
+def _traits(shape: Sequence[float], name: str) -> list[float]:
+    """What the rate of a product follows: its sizes, how far the rows of its matrices fall on the same places of a cache, and whether they
+    start at any place of a line."""
+    rows, inner, columns = shape
+    widths = (rows, columns) if name.endswith("gradient") else (inner, columns)  # of a kernel's gradient both operands lie upright
+    return [*map(math.log2, shape), *map(_aliasing, widths), *(_RAGGED * (4 * int(width) % _LINE_BYTES > 0) for width in widths)]
+
+
+def _aliasing(size: float) -> float:
+    """0 where rows of so many float32 numbers start at any of a cache's lines in turn, 2 where all start at the same: whole pages apart."""
+    return math.log2(max(1, math.gcd(4 * int(size), _PAGE_BYTES) // _LINE_BYTES)) / 3
+
+
+def _solved(matrix: list[list[float]]) -> list[float]:
+    """The solution of linear equations, by elimination: the matrix is positive definite."""
+    size = len(matrix)
+    for column in range(size):
+        for row in (row for row in range(size) if row != column):
+            share = matrix[row][column] / matrix[column][column]
+            matrix[row] = [mine - share * other for mine, other in zip(matrix[row], matrix[column])]
+    return [row[-1] / row[place] for place, row in enumerate(matrix)]

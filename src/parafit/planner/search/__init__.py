@@ -1,0 +1,1 @@
+"""Which plan: the space, what was priced before, the ranking, and the reasons."""

@@ -1,0 +1,187 @@
+"""Prices of many plans of one program on one machine: what the plans have in common is worked out once. Plain Python."""
+
+import math
+from collections.abc import Callable, Hashable, Iterable
+from functools import cached_property
+from typing import Any
+
+from parafit.planner.cost.cost import Cost, Pricing
+from parafit.planner.cost.framework import Software
+from parafit.planner.cost.memory import Stage, is_compiled, peak
+from parafit.planner.machine.machine import Machine
+from parafit.planner.partition import Share, Shares
+from parafit.planner.plan import Plan
+from parafit.planner.program import Operation, Program
+
+
+class Prices:
+    """`cost.price`, for a search.
+
+    What one microbatch takes does not depend on pipeline stages or on how state is stored, and what the optimiser does depends on
+    nothing else: each part is remembered under what it depends on.
+
+    Args:
+        program: what one step computes.
+        machine: what computes.
+        software: what the framework does, where it is not parafit.
+
+    >>> from parafit.planner.cost.cost import price
+    >>> from parafit.planner.networks import named
+    >>> program, machine = named("gpt:125m", batch=8), Machine.load("a100x8")
+    >>> plan = Plan(axes={"data": 8}, compute={"batch": "data"}, precision="bfloat16")
+    >>> Prices(program, machine).of(plan) == price(program, plan, machine)
+    True
+    """
+
+    def __init__(self, program: Program, machine: Machine, software: Software | None = None):
+        self.program, self.machine, self.software = program, machine, software or Software()
+        self._traits = _Traits(program)
+        self._memo: dict[Hashable, Any] = {}
+
+    @cached_property
+    def state_bytes(self) -> float:
+        """Parameters and slots, whole: what all devices together hold at least."""
+        return float(self.program.bytes_of("parameter") + self.program.bytes_of("slot"))
+
+    def arithmetic_seconds(self, precisions: Iterable[str]) -> float:
+        """What one device takes at least for all products: each at the best rate of these precisions."""
+        matmul, flops = self.machine.device.matmul, self._matmul_flops
+        known = [precision for precision in precisions if precision in self.machine.device.peak_flops]
+        rates = [matmul.best.get(precision, 1.0) * self.machine.device.peak(precision) for precision in known]
+        return flops / max([*rates, *(row[-1] for row in matmul.table if row[0] in known)], default=math.inf)
+
+    @cached_property
+    def _matmul_flops(self) -> float:
+        products = [operation for operation in self.program.operations if operation.kind == "matmul" and operation.phase != "update"]
+        return sum(min(one.flops, 2.0 * math.prod(one.shape)) * one.count * one.steps for one in products if one.shape)
+
+    def of(self, plan: Plan) -> Cost:
+        """The price of a plan."""
+        return self._pricing(plan).cost()
+
+    def peak_bytes(self, plan: Plan) -> int:
+        """The bytes of the price alone."""
+        return math.ceil(math.fsum(self._pricing(plan).memory().values()))
+
+    def least_seconds(self, plan: Plan) -> float:
+        """What a plan takes at least: its microbatches, on stages that are all equally long, and no exchange of gradients."""
+        pricing = self._pricing(plan)
+        parts = [pricing.microbatch(place) for place in ("first", "blocks", "last")]
+        totals = [sum(part.values()) for part in parts]
+        whole = totals[0] + pricing.blocks * totals[1] + totals[2]
+        longest = whole / pricing.stages
+        return longest * pricing.shares.rounds + (whole - longest) / plan.interleave
+
+    def _pricing(self, plan: Plan) -> "_Remembered":
+        return _Remembered(self.program, plan, self.machine, self.software, self._memo, self._traits)
+
+
+class _Remembered(Pricing):
+    """`Pricing` that looks into `memo` before it works a part out."""
+
+    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits"):
+        super().__init__(program, plan, machine, software)
+        self.memo = memo
+        axis = plan.compute.get("batch", "")
+        others = {name: self.reach(name) for name in plan.axes if name not in (axis, "pipeline")}
+        dims = tuple((dim, at) for dim, at in plan.compute.items() if dim not in ("batch", "blocks"))
+        self.width = (dims, tuple(others.items()))
+        self.cut_rows, self.full_rows = (
+            (self.width, each.piece.local_rows, axis if each.piece.devices > 1 else "") for each in (self.shares, self.shares.fullest)
+        )
+        self.part = (self.cut_rows, self.reach(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
+        self.state = (
+            self.cut_rows if traits.updates_rows else self.width,
+            tuple(plan.store.items()),
+            plan.store_group,
+            plan.axes.get(axis),
+            self.stages,
+            plan.recompute,
+        )
+        self.shares = _Shares(self.program, plan, self)
+
+    def reach(self, axis: str) -> tuple:
+        """What a collective along an axis depends on."""
+        group = self.shares.group(axis)
+        return group.size, group.stride, group.split(self.machine.devices_per_host)
+
+    def remember(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        if key not in self.memo:
+            self.memo[key] = work()
+        return self.memo[key]
+
+    def microbatch(self, place: str) -> dict[str, float]:
+        return dict(self.remember(("microbatch", place, self.part), lambda: super(_Remembered, self).microbatch(place)))
+
+    def cut(self, totals) -> tuple[int, int, int]:
+        return self.remember(("cut", self.stages, *totals.values()), lambda: super(_Remembered, self).cut(totals))
+
+    def updated(self) -> dict[str, float]:
+        far = self.part if self.machine.device.curves else None  # how far state is away, there, depends on all that a step touches
+        return dict(self.remember(("update", self.state, far), super().updated))
+
+    def memory(self) -> dict[str, float]:
+        found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts())]
+        parts = max(found, key=lambda part: sum(part.values()))
+        parts["communication"] = self.buffer_bytes()
+        parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
+        return parts
+
+    def stage_memory(self, place: int, stage: Stage) -> dict[str, float]:
+        """`memory.peak`: activations follow from the microbatch, state from how it is stored."""
+
+        def work() -> dict[str, float]:
+            one = Stage(operations=stage.operations, block_share=stage.block_share, in_flight=1)
+            return peak(self.program, self.shares.fullest, one, reserved_bytes=self.machine.device.context_bytes)
+
+        def part(key: Hashable, *names: str) -> dict[str, float]:
+            return self.remember(key, lambda: {name: value for name, value in work().items() if (name in names)})
+
+        # Gradients rest like state where they wait for the update, and pass like activations in a program that knows its buffers.
+        compiled = is_compiled(self.program, self.plan)
+        gradients = (
+            "gradients",
+            place,
+            stage.block_share,
+            self.state,
+            (self.part, self.full_rows, self.plan.store_group) if compiled else None,
+        )
+        moving = part(
+            ("activations", place, stage.block_share, self.part, self.full_rows), "inputs", "activations", "temporaries", "context"
+        )
+        resting = part(("state", place, stage.block_share, self.state), "parameters", "slots", "state") | part(gradients, "gradients")
+        return resting | moving | {"activations": moving["activations"] * stage.in_flight}
+
+
+class _Shares(Shares):
+    def __init__(self, program: Program, plan: Plan, pricing: _Remembered):
+        super().__init__(program, plan, flat_state=pricing.software.flat_state)
+        self.pricing = pricing
+
+    def of(self, operation: Operation) -> Share:
+        key = ("share", id(operation), self.pricing.cut_rows)
+        return self.pricing.remember(key, lambda: super(_Shares, self).of(operation))
+
+
+class _Traits:
+    """What decides whether parts of a price depend on how many rows a device has, or on who has the others.
+
+    Attributes:
+        sums_rows: some operation sums over rows what is not a gradient, so that devices along the batch's axis wait for each other.
+        updates_rows: some operation of the update has rows.
+    """
+
+    def __init__(self, program: Program):
+        def tensors(names):
+            return [program.tensors[name] for name in names]
+
+        moving = [operation for operation in program.operations if operation.phase != "update"]
+        touching = [
+            operation for operation in moving if any("batch" in tensor.dims for tensor in tensors((*operation.inputs, *operation.outputs)))
+        ]
+        sums = [tensor for operation in touching for tensor in tensors(operation.outputs) if "batch" not in tensor.dims]
+        self.sums_rows = any(tensor.role not in ("gradient", "parameter") for tensor in sums)
+        updates = [operation for operation in program.operations if operation.phase == "update"]
+        self.updates_rows = any(
+            "batch" in tensor.dims for operation in updates for tensor in tensors((*operation.inputs, *operation.outputs))
+        )

@@ -1,0 +1,241 @@
+"""`search`: the best plan of a program on a machine. Plain Python.
+
+    minimise    seconds of a step                          (goal "time"; cost.price)
+                bytes on the fullest device                (goal "memory")
+                seconds of a step × devices                (goal "cost")
+
+    over        mesh shapes pipeline × data × tensor       Candidates.meshes
+                compute layouts: the dims split over tensor, and the sequence between blocks
+                                                           Candidates.meshes, schedules
+                store layouts: ZeRO 0 to 3, over the axis or inside a host
+                                                           Candidates.stores
+                microbatches, recomputation, chunks of a pipeline stage, precision
+                                                           Candidates.schedules
+
+    subject to  pipeline × data × tensor ≤ the devices of the machine (fewer devices may be fastest)
+                                                           Candidates.meshes
+                tensor takes a part of a host or whole hosts, and divides the dims that it splits
+                                                           Candidates.meshes, layout.resolve
+                microbatches are split over data where it divides them, else whole on each device; a batch whose rows depend
+                on each other is not cut                   layout.pieces, Candidates.schedules
+                a pipeline has no more chunks than blocks; its stages divide its microbatches where it has several chunks
+                                                           Candidates.schedules
+                bytes on the fullest device ≤ its memory, and ≤ max_bytes
+                                                           memory.peak
+                only techniques that are allowed           Candidates
+
+The optimum is exact. A mesh is expanded into schedules, a schedule into plans, always the one first whose floor is lowest; a floor is
+what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from parafit.errors import PlanError
+from parafit.planner.cost.framework import Software
+from parafit.planner.machine.machine import Machine
+from parafit.planner.plan import Plan
+from parafit.planner.program import Program
+from parafit.planner.search.limits import held_back
+from parafit.planner.search.memo import Prices
+from parafit.planner.search.ranking import GOALS, Choice, Ranking, gibibytes, value, why_not
+from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
+from parafit.support.arguments import did_you_mean
+
+SHOWN = 4
+"""Meshes that are searched to the end: the best and three runners-up."""
+
+WORTH_SHOWING = 2.0
+"""A runner-up that is more than so many times worse than the best is not looked for."""
+
+
+def search(
+    program: Program,
+    machine: Machine,
+    *,
+    goal: str = "time",
+    max_bytes: float | None = None,
+    allow: Iterable[str] | None = None,
+    software: Software | None = None,
+) -> Ranking:
+    """The best plan, the runners-up, and why each lost.
+
+    Args:
+        program: what one step computes.
+        machine: what computes.
+        goal: "time" (seconds of a step), "memory" (bytes on the fullest device) or "cost" (device-seconds of a step).
+        max_bytes: what a device may hold; default: its memory.
+        allow: names of `candidates.TECHNIQUES` that may be used; default: all that leave the numbers as they are.
+        software: what the framework does, where it is not parafit.
+
+    Raises:
+        PlanError: an unknown goal or technique, or no plan fits into memory: the smallest plan, and what it needs.
+
+    >>> from parafit.planner.networks import named
+    >>> ranking = search(named("gpt:1.3b", batch=64), Machine.load("h100x8"))
+    >>> ranking.plan.device_count
+    8
+    >>> ranking.best.cost.seconds < min(other.cost.seconds for other in ranking.others if "fit" not in other.reason)
+    True
+    """
+    allowed = _check(goal, max_bytes, allow)
+    limit = min(machine.device.memory_bytes, max_bytes or math.inf)
+    software = _software(program, machine, software)
+    prices = Prices(program, machine, software)
+    candidates = Candidates(program, machine, allowed)
+    found = _Search(candidates, prices, goal, limit).run()
+    if not found.best:
+        raise _nothing_fits(candidates, prices, limit)
+    best, *others = sorted(found.best.values(), key=found.rank)
+    refused = _refused(program, machine, prices, found, best) if allow is not None else []
+    chosen = [*others[: SHOWN - 1], *found.too_big(best), *refused]
+    return Ranking(
+        best=best,
+        others=tuple(replace(other, reason=why_not(other, best, goal, limit, allowed)) for other in chosen),
+        goal=goal,
+        limit_bytes=limit,
+        program=program,
+        machine=machine,
+        software=software,
+        priced=found.priced,
+        held_back=held_back(candidates, software, best.plan, best.cost.seconds),
+    )
+
+
+def _check(goal: str, max_bytes: float | None, allow: Iterable[str] | None) -> frozenset[str]:
+    if goal not in GOALS:
+        raise PlanError(f"goal={goal!r}: choose one of {', '.join(GOALS)}." + did_you_mean(goal, GOALS))
+    if max_bytes is not None and not max_bytes > 0:
+        raise PlanError(f"max_bytes={max_bytes!r}: expected a number of bytes above 0.")
+    allowed = SAME_NUMBERS if allow is None else frozenset([allow] if isinstance(allow, str) else allow)
+    if unknown := sorted(allowed - set(TECHNIQUES)):
+        raise PlanError(
+            f"allow names {unknown[0]!r}, which parafit does not know: choose from {', '.join(TECHNIQUES)}."
+            + did_you_mean(unknown[0], TECHNIQUES)
+        )
+    return allowed
+
+
+def _software(program: Program, machine: Machine, software: Software | None) -> Software:
+    """Programs of two-byte numbers are priced at float16 where the device multiplies no bfloat16."""
+    peaks = machine.device.peak_flops
+    if software is None and is_half(program) and "bfloat16" not in peaks and "float16" in peaks:
+        return Software(precision="float16")
+    return software or Software()
+
+
+class _Search:
+    """Best first: `run` expands meshes into schedules and schedules into plans until no floor is below what was found.
+
+    Attributes:
+        best: the best plan that fits of each mesh.
+        unfit: plans that do not fit, in the order of their floors, which is that of how fast they would be.
+        priced: how many plans were looked at.
+    """
+
+    def __init__(self, candidates: Candidates, prices: Prices, goal: str, limit: float, shown: int = SHOWN):
+        self.candidates, self.prices, self.goal, self.limit, self.shown = candidates, prices, goal, limit, shown
+        self.floors = _Floors(candidates, prices, goal)
+        self.best: dict[tuple, Choice] = {}
+        self.unfit: dict[tuple, Plan] = {}
+        self.priced = 0
+        self.threshold = (math.inf,)
+
+    def run(self) -> "_Search":
+        order = itertools.count()
+        heap: list[tuple[float, int, Callable, Plan]] = []
+
+        def push(floor: Callable, expand: Callable, plans: Iterable[Plan]) -> None:
+            for plan in plans:
+                if (lowest := floor(plan)) <= self.threshold[0]:
+                    heapq.heappush(heap, (lowest, next(order), expand, plan))
+
+        def schedules(mesh: Plan) -> None:
+            push(self.floors.schedule, stores, self.candidates.schedules(mesh))
+
+        def stores(schedule: Plan) -> None:
+            for plan in self.candidates.stores(schedule):
+                self.consider(plan)
+
+        push(self.floors.mesh, schedules, self.candidates.meshes())
+        while heap and heap[0][0] <= self.threshold[0]:
+            *_, expand, plan = heapq.heappop(heap)
+            expand(plan)
+        return self
+
+    def consider(self, plan: Plan) -> None:
+        """Price a plan if it fits, and keep it if it is its mesh's best."""
+        self.priced += 1
+        mesh = tuple(plan.axes.items())
+        if self.prices.peak_bytes(plan) > self.limit:
+            self.unfit.setdefault(mesh, plan)
+            return
+        choice = Choice(plan=plan, cost=self.prices.of(plan))
+        if mesh not in self.best or self.rank(choice) < self.rank(self.best[mesh]):
+            self.best[mesh] = choice
+            values = sorted(value(choice, self.goal) for choice in self.best.values())
+            most = values[min(self.shown, len(values)) - 1] if len(values) >= self.shown else (math.inf,)
+            self.threshold = min(most, (values[0][0] * (WORTH_SHOWING if self.shown > 1 else 1),))
+
+    def rank(self, choice: Choice) -> tuple:
+        """What the best has least of: the goal, then devices, then techniques."""
+        return (*value(choice, self.goal), choice.plan.device_count, len(choice.plan.short()), choice.plan.to_json())
+
+    def too_big(self, best: Choice) -> list[Choice]:
+        """The plan that would be fastest if it fitted, and one device."""
+        single = [plan for mesh, plan in self.unfit.items() if not mesh]
+        plans = dict.fromkeys([*list(self.unfit.values())[:1], *single])
+        choices = [Choice(plan=plan, cost=self.prices.of(plan)) for plan in plans]
+        return [choice for choice in choices if value(choice, self.goal) < value(best, self.goal) or not choice.plan.axes]
+
+
+class _Floors:
+    """What no plan of a mesh, or under a schedule, can beat."""
+
+    def __init__(self, candidates: Candidates, prices: Prices, goal: str):
+        self.prices, self.goal = prices, goal
+        precisions = [prices.software.precision] if prices.software.precision else candidates.precisions
+        self.arithmetic_seconds = prices.arithmetic_seconds(precisions)
+
+    def mesh(self, plan: Plan) -> float:
+        """All products at the best rate, shared out evenly; or all state shared out evenly."""
+        return self._floor(plan, self.arithmetic_seconds / plan.device_count)
+
+    def schedule(self, plan: Plan) -> float:
+        """Its microbatches on stages that are all equally long; or all state shared out evenly."""
+        return self._floor(plan, self.prices.least_seconds(plan) if self.goal != "memory" else 0.0)
+
+    def _floor(self, plan: Plan, seconds: float) -> float:
+        if self.goal == "memory":
+            return self.prices.state_bytes / plan.device_count
+        return (1 - 1e-9) * seconds * (plan.device_count if self.goal == "cost" else 1)  # sums in another order round otherwise
+
+
+def _refused(program: Program, machine: Machine, prices: Prices, found: _Search, best: Choice) -> list[Choice]:
+    """The plan that would be best if everything were allowed that leaves the numbers as they are."""
+    every = Candidates(program, machine, SAME_NUMBERS | found.candidates.allow)
+    if every.allow == found.candidates.allow:
+        return []
+    search_all = _Search(every, prices, found.goal, found.limit, shown=1)
+    search_all.threshold = value(best, found.goal)[:1]
+    choices = sorted(search_all.run().best.values(), key=found.rank)
+    return [choice for choice in choices[:1] if value(choice, found.goal) < value(best, found.goal)]
+
+
+def _nothing_fits(candidates: Candidates, prices: Prices, limit: float) -> PlanError:
+    found = _Search(candidates, prices, "memory", math.inf, shown=1).run().best.values()
+    smallest = min(found, key=lambda choice: choice.cost.peak_bytes)
+    program, machine = prices.program, prices.machine
+    largest = sorted(smallest.cost.memory.items(), key=lambda part: -part[1])[:3]
+    refused = SAME_NUMBERS - candidates.allow
+    where = f"{gibibytes(limit)} a device on {machine.device_count} devices of {machine.name!r}"
+    return PlanError(
+        f"no plan of {program.name!r} with a batch of {candidates.batch} fits into {where}. "
+        f"The smallest is {smallest.plan.short()!r}, which needs {gibibytes(smallest.cost.peak_bytes)}: "
+        + ", ".join(f"{name} {gibibytes(bytes_)}" for name, bytes_ in largest)
+        + ". Use more devices or devices with more memory, a smaller batch"
+        + (f", or allow {', '.join(sorted(refused))}." if refused else ", or a smaller model.")
+    )

@@ -1,0 +1,1 @@
+"""What is computed? A step as a Program: traced, never run."""
