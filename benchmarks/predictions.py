@@ -32,7 +32,7 @@ from parafit.adapters.keras import KerasModel
 from parafit.calibration.calibrate import calibrate, here
 from parafit.calibration.history import Residual, correction
 from parafit.data.feed import Feed
-from parafit.execution.compiled import find_chunk
+from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
 from parafit.planner.cost.cost import Cost, price
 from parafit.planner.cost.framework import Software
@@ -247,7 +247,7 @@ def _price(case: Case, model, x, y, machine: Machine) -> tuple[Cost, float, Call
     cost = price(program, Plan(), machine, software=Software(steps_per_dispatch=capacity))
     block_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
     copied_bytes = 0 if capacity > 1 else cost.memory["inputs"]  # a block of one batch is used as it is
-    return cost, cost.peak_bytes + block_bytes - copied_bytes, lambda: find_chunk(model, step, arrays, Placement(Plan())).peak_bytes
+    return cost, cost.peak_bytes + block_bytes - copied_bytes, lambda: compiled_steps(model, step, arrays, Placement(Plan())).peak_bytes
 
 
 def arrays_for(model, classes: int, rows: int):

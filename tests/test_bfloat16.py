@@ -13,7 +13,7 @@ from keras import layers
 
 import parafit
 from parafit.errors import PlanError
-from parafit.execution.compiled import Chunk
+from parafit.execution.compiled import CompiledSteps
 from parafit.techniques.bfloat16 import in_bfloat16
 
 BOUND = 1e-4
@@ -54,13 +54,13 @@ def weights(plan):
 @pytest.fixture
 def lowered(monkeypatch):
     """The text of every program that is made."""
-    texts, make = [], Chunk.__init__
+    texts, make = [], CompiledSteps.__init__
 
     def record(self, lowered, *rest):
         texts.append(lowered.as_text())
         make(self, lowered, *rest)
 
-    monkeypatch.setattr(Chunk, "__init__", record)
+    monkeypatch.setattr(CompiledSteps, "__init__", record)
     return texts
 
 

@@ -13,7 +13,7 @@ import parafit
 from parafit.adapters.keras import KerasModel
 from parafit.backends.cpu.stored import stored
 from parafit.data.feed import Feed
-from parafit.execution.compiled import find_chunk
+from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
 from parafit.planner.cost.cost import price
 from parafit.planner.machine.machine import Machine
@@ -172,7 +172,7 @@ def test_peak_memory_is_what_the_compiler_says(name):
     program, step, block = traced(model, *data)
     memory = price(program, Plan(), Machine.load("h100x8").of(1)).memory
     said = sum(size for part, size in memory.items() if part != "context") + sum(array.nbytes for array in jax.tree.leaves(block))
-    found = find_chunk(model, step, block, Placement(Plan())).peak_bytes
+    found = compiled_steps(model, step, block, Placement(Plan())).peak_bytes
     assert said == pytest.approx(found, rel=2 * TOLERANCE, abs=SMALL_BYTES)
 
 
@@ -215,7 +215,7 @@ def test_what_a_jaxlib_of_which_nothing_is_known_holds_is_estimated(monkeypatch)
 def test_convolutions_are_not_given_to_the_library_that_runs_them_on_one_thread():
     model, x, y = classifier([layers.Conv2D(64, 3, activation="relu"), layers.Flatten()], 24, 24, 32)  # XLA keeps small ones to itself
     _, step, block = traced(model, x, y)
-    computations = find_chunk(model, step, block, Placement(Plan())).text.split("\n}")
+    computations = compiled_steps(model, step, block, Placement(Plan())).text.split("\n}")
     assert any(" convolution(" in each for each in computations)
     assert not any(" convolution(" in each and each.strip().startswith("%fused") for each in computations)
 
@@ -227,7 +227,7 @@ def test_the_order_that_holds_least_changes_no_value(monkeypatch):
         keras.utils.set_random_seed(0)
         model, x, y = NETWORKS["dropout"]()
         _, step, block = traced(model, x, y)
-        peak = find_chunk(model, step, block, Placement(Plan())).peak_bytes
+        peak = compiled_steps(model, step, block, Placement(Plan())).peak_bytes
         parafit.fit(model, np.random.default_rng(0).normal(size=x.shape), y, batch_size=32, epochs=2, verbose=0)
         return peak, model.get_weights()
 

@@ -18,7 +18,7 @@ from parafit.backends.backend import Backend
 from parafit.backends.cpu import malloc
 from parafit.calibration import calibrate, history, probes
 from parafit.calibration.history import Residual, append, correction, load
-from parafit.planner.cost.cost import Pricing, price
+from parafit.planner.cost.cost import Estimator, price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Device, Matmul
 from parafit.planner.networks import named
@@ -229,7 +229,7 @@ def test_what_was_used_long_ago_is_waited_for():
     def waited(layers, curve):
         program = trace_loss(loss, [square] * layers, jax.ShapeDtypeStruct((4096, 256), np.float32))
         device = Device(name="", peak_flops={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves={"elementwise": curve})
-        pricing = Pricing(program, Plan(), replace(calibrate.detect(), device=device), Software())
+        pricing = Estimator(program, Plan(), replace(calibrate.detect(), device=device), Software())
         return sum(pricing.measured.missing_seconds(operation, 1e6) for operation in program.operations)
 
     assert waited(4, near) == pytest.approx(0.0, abs=1e-9), "memory that is as fast everywhere is never waited for"
@@ -246,9 +246,9 @@ def test_slices_that_a_loop_stores_are_copies_and_come_from_afar_where_much_is_t
         flat = ((1e3, 1e-9), (1e9, 1e-3))
         curves = {"elementwise": flat, "stack_near": ((1e3, 1e-6), (1e5, 1e-6)), "stack": ((1e3, far), (1e5, far))}
         device = Device(name="", peak_flops={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves=curves)
-        measured = Pricing(program, Plan(), replace(calibrate.detect(), device=device), Software()).measured
-        found = ((operation, measured.shares.of(operation).bytes) for operation in program.operations)
-        return sum(operation.steps * measured.stacking_seconds(operation, bytes_) for operation, bytes_ in found)
+        measured = Estimator(program, Plan(), replace(calibrate.detect(), device=device), Software()).measured
+        found = ((operation, measured.partition.of(operation).bytes) for operation in program.operations)
+        return sum(operation.steps * measured.stacking_seconds(operation, nbytes) for operation, nbytes in found)
 
     stored = seconds(100, far=1e-6)
     copies = stored / 100e-6

@@ -54,7 +54,7 @@ def nothing_compiled(monkeypatch):
     def never(*_, **__):
         raise AssertionError("a program was compiled")
 
-    monkeypatch.setattr(compiled.Chunk, "__init__", never)
+    monkeypatch.setattr(compiled.CompiledSteps, "__init__", never)
 
 
 def fit(model, *data, **options):

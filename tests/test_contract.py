@@ -12,7 +12,7 @@ from parafit.adapters.keras import KerasModel
 from parafit.errors import ProgramError
 from parafit.execution import contract, runner
 from parafit.execution.contract import Collective, check, compare_memory, read
-from parafit.execution.runner import Progress, settle
+from parafit.execution.runner import Runner, settle
 from parafit.placement import Placement
 from parafit.planner.layout import Layout, lay_out
 from parafit.planner.plan import Plan
@@ -159,7 +159,7 @@ def report(make, plan, rows=32):
     step = adapter.train_step()
     program = step_program(step, (x[0], y[0]), model.name)
     placement = settle(Placement(Plan.parse(plan)), step, lambda: program)
-    return Progress(adapter, step, placement).check((x, y), program)
+    return Runner(adapter, step, placement).check((x, y), program)
 
 
 KEPT = [

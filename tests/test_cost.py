@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parafit.errors import ModelError, PlanError
-from parafit.planner.cost.cost import Pricing, price
+from parafit.planner.cost.cost import Estimator, price
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import pieces, undivided
 from parafit.planner.machine.machine import Machine
 from parafit.planner.networks import Transformer, named, transformer
-from parafit.planner.partition import Shares
+from parafit.planner.partition import Partition
 from parafit.planner.plan import STORED, Plan
 from parafit.planner.search.memo import Prices
 
@@ -60,7 +60,7 @@ def test_what_a_loop_exchanges_is_counted_in_every_turn():
     assert once.times["all-reduce tensor"] > 0
     assert often.times["all-reduce tensor"] == pytest.approx(3 * once.times["all-reduce tensor"])
     loops = [dataclasses.replace(operation, kind="loop") for operation in PROGRAM.operations]
-    assert not any(Shares(PROGRAM, chosen).of(loop).exchanges for loop in loops)
+    assert not any(Partition(PROGRAM, chosen).of(loop).exchanges for loop in loops)
 
 
 @given(PLANS)
@@ -80,9 +80,9 @@ def test_a_larger_batch_takes_no_less_time_or_memory(chosen, times):
 
 
 def exchanges(chosen, phase="forward"):
-    shares = Shares(PROGRAM, chosen)
+    partition = Partition(PROGRAM, chosen)
     blocks = [operation for operation in PROGRAM.operations if operation.phase == phase and operation.count > 1]
-    return [exchange.kind for operation in blocks for exchange in shares.of(operation).exchanges if exchange.axis == "tensor"]
+    return [exchange.kind for operation in blocks for exchange in partition.of(operation).exchanges if exchange.axis == "tensor"]
 
 
 def test_tensor_parallel_blocks_need_the_collectives_of_megatron():
@@ -92,7 +92,7 @@ def test_tensor_parallel_blocks_need_the_collectives_of_megatron():
 
 def test_tensor_parallel_products_are_whole_over_all_devices():
     for operation in (operation for operation in PROGRAM.operations if operation.kind == "matmul"):
-        share = Shares(PROGRAM, plan(tensor=4, data=2, microbatches=4)).of(operation)
+        share = Partition(PROGRAM, plan(tensor=4, data=2, microbatches=4)).of(operation)
         assert share.flops * 4 * 2 * 4 == pytest.approx(operation.flops)
 
 
@@ -138,7 +138,7 @@ def test_stages_hand_over_inside_their_host_where_they_share_one():
     machine = Machine.load("a100x8", hosts=4)
 
     def hops(chosen):
-        return Pricing(deep, chosen, machine, Software()).hops()
+        return Estimator(deep, chosen, machine, Software()).hops()
 
     spread, round_robin = hops(plan(pipeline=16, data=2)), hops(plan(pipeline=16, data=2, interleave=2))
     across = [index for index, seconds in enumerate(spread) if seconds > min(spread)]
@@ -243,15 +243,15 @@ def test_a_batch_that_its_axis_does_not_divide_is_computed_whole_on_every_device
     }, "as on one device: nothing is shared out, nothing reduced"
     assert whole.memory["activations"] == alone.memory["activations"]
     assert whole.seconds > 5 * cost(plan(data=8), even).seconds
-    assert Shares(odd, plan(data=8)).of(odd.operations[0]).flops == odd.operations[0].flops
+    assert Partition(odd, plan(data=8)).of(odd.operations[0]).flops == odd.operations[0].flops
 
 
 def test_a_last_microbatch_that_is_not_divided_takes_its_rows_whole():
     program = transformer(dataclasses.replace(SMALL, batch=127))
     chosen = plan(data=8, microbatches=16)
     found = cost(chosen, program)
-    shares = Shares(program, chosen)
-    assert (shares.turns, shares.rounds, shares.fullest.piece.rows) == (16, 15 + 7, 7)
+    partition = Partition(program, chosen)
+    assert (partition.turns, partition.rounds, partition.fullest.piece.rows) == (16, 15 + 7, 7)
     divided = transformer(dataclasses.replace(SMALL, batch=120))
     matmul = cost(plan(data=8, microbatches=15), divided).times["forward matmul"]
     assert found.times["forward matmul"] == pytest.approx(matmul * 22 / 15)

@@ -62,9 +62,9 @@ def test_the_short_last_batch_of_many_is_compiled_quickly(batch_size, seldom):
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
 def test_both_programs_of_a_run_are_compiled_side_by_side(verb, monkeypatch):
     events = []
-    find, wait = runner.find_chunk, compiled.Chunk.wait
-    monkeypatch.setattr(runner, "find_chunk", lambda *args, **options: events.append("find") or find(*args, **options))
-    monkeypatch.setattr(compiled.Chunk, "wait", lambda self: events.append("wait") or wait(self))
+    find, wait = runner.compiled_steps, compiled.CompiledSteps.wait
+    monkeypatch.setattr(runner, "compiled_steps", lambda *args, **options: events.append("find") or find(*args, **options))
+    monkeypatch.setattr(compiled.CompiledSteps, "wait", lambda self: events.append("wait") or wait(self))
     model, x, y = mlp()
     getattr(parafit, verb)(model, *((x, y) if verb == "evaluate" else (x,)), batch_size=16, verbose=0)
     assert events[:2] == ["find", "find"]

@@ -17,7 +17,7 @@ from parafit import backends
 from parafit.backends.cpu.backend import CpuBackend
 from parafit.data.feed import Feed
 from parafit.errors import BackendError, DataError, ModelError, NonFiniteLossError, ParafitError
-from parafit.execution.snapshot import Safeguard
+from parafit.execution.snapshot import Snapshot
 
 ROWS = 50
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
@@ -263,7 +263,7 @@ def test_copies_of_the_state_take_a_hundredth_of_the_time(monkeypatch):
     def state(number):
         return [jnp.full(100, number)], [], [jnp.full(100, number)] * 2, []
 
-    guard = Safeguard()
+    guard = Snapshot()
     guard.update(state(1.0))  # of weights alone: the next, of three times as much, will take three seconds
     for _ in range(299):
         guard.update(state(2.0))

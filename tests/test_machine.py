@@ -108,9 +108,9 @@ GROUPS = st.builds(Group, st.integers(1, 64), st.sampled_from([1, 2, 8]))
 
 
 @given(st.sampled_from(KINDS), st.sampled_from(NAMES), GROUPS, st.floats(1, 1e11), st.floats(1, 1e9))
-def test_more_bytes_never_take_less_time(kind, name, group, bytes_, more):
+def test_more_bytes_never_take_less_time(kind, name, group, nbytes, more):
     machine = Machine.load(name, hosts=64)
-    assert 0 <= seconds(kind, bytes_, group, machine) <= seconds(kind, bytes_ + more, group, machine)
+    assert 0 <= seconds(kind, nbytes, group, machine) <= seconds(kind, nbytes + more, group, machine)
 
 
 def test_large_all_reduces_move_at_the_measured_bus_bandwidth():

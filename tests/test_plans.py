@@ -13,7 +13,7 @@ import parafit
 from parafit.adapters import adapter_of
 from parafit.errors import PlanError
 from parafit.execution.runner import settle
-from parafit.planner.partition import Shares
+from parafit.planner.partition import Partition
 from parafit.planning import step_program
 from tests.zoo import own_train_step, programs
 
@@ -363,8 +363,8 @@ def test_state_is_priced_as_it_is_placed(optimizer, plan):
     held = [(owner, array) for owners, arrays in zip(step.owners[1], step.read()) for owner, array in zip(owners, arrays)]
     for role in ("parameter", "slot", "state"):
         placed = sum(_bytes_on_a_device(placement.stored(owner, array), array) for owner, array in held if owner.role == role)
-        shares = Shares(program, placement.plan)
-        assert sum(shares.stored_bytes(tensor) * tensor.count for tensor in program.of_role(role)) == placed, role
+        partition = Partition(program, placement.plan)
+        assert sum(partition.stored_bytes(tensor) * tensor.count for tensor in program.of_role(role)) == placed, role
 
 
 def _bytes_on_a_device(sharding, array):

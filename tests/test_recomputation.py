@@ -13,7 +13,7 @@ from keras import layers
 import parafit
 from parafit.adapters import adapter_of
 from parafit.backends.cpu.versions import knows_memory
-from parafit.execution.compiled import find_chunk
+from parafit.execution.compiled import compiled_steps
 from parafit.nnx import Trainable
 from parafit.placement import Placement
 from parafit.planner.cost.cost import price
@@ -73,7 +73,7 @@ def test_what_is_promised_is_what_the_compiled_program_has(make):
     adapter, step, batch = _step(model, x, y)
     program = step_program(step, batch, "network")
     blocks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), batch)
-    compiled = {plan: find_chunk(adapter.keeper, step, blocks, Placement(plan)).peak_bytes for plan in (Plan(), AGAIN)}
+    compiled = {plan: compiled_steps(adapter.keeper, step, blocks, Placement(plan)).peak_bytes for plan in (Plan(), AGAIN)}
     for plan, found in compiled.items():
         cost = price(program, plan, this_machine())
         assert found < 1.1 * (cost.peak_bytes - cost.memory["context"])

@@ -21,7 +21,7 @@ from parafit.errors import ModelError
 from parafit.planner.program import KINDS, PHASES, ROLES
 from parafit.tracing.blocks import fold_blocks
 from parafit.tracing.dims import Dims
-from parafit.tracing.graph import Leaf, Walk
+from parafit.tracing.graph import Graph, Leaf
 from parafit.tracing.trace import jaxpr_of, trace, trace_loss, trace_step
 from tests.zoo import ZOO
 
@@ -292,9 +292,9 @@ def test_a_loop_in_a_form_that_nobody_knows_costs_no_run(loop):
         else equation
         for equation in closed.jaxpr.eqns
     ]
-    walk = Walk(ClosedJaxpr(closed.jaxpr.replace(eqns=other), closed.consts), _inputs("w", "x"), [])
-    assert list(walk.unknown) == [loop]
-    assert arrays_of(walk)[0]
+    graph = Graph(ClosedJaxpr(closed.jaxpr.replace(eqns=other), closed.consts), _inputs("w", "x"), [])
+    assert list(graph.unknown) == [loop]
+    assert arrays_of(graph)[0]
 
 
 @pytest.mark.parametrize(

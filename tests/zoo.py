@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 from parafit.adapters import step
-from parafit.execution.compiled import Chunk
+from parafit.execution.compiled import CompiledSteps
 
 ROWS = 75  # batches of 16 leave a short last one, and 8 devices do not divide it
 
@@ -131,4 +131,4 @@ def _labels():
 
 def programs(keeper):
     """The compiled programs that are kept for a model (of Flax: for its module)."""
-    return [made for _, made in step._KEPT[keeper].values() if isinstance(made, Chunk)]
+    return [made for _, made in step._KEPT[keeper].values() if isinstance(made, CompiledSteps)]

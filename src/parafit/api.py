@@ -127,17 +127,17 @@ def fit(
     def validate(epoch: int) -> dict:
         return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
 
-    progress = loop.Progress(adapter, step, placement)
+    runner = loop.Runner(adapter, step, placement)
     blocks = feed.foreseen()
-    progress.compile(blocks)
-    price = forecast.foresee(progress, placement.plan, blocks[0].arrays, program) if verbose and blocks else None
+    runner.compile(blocks)
+    price = forecast.foresee(runner, placement.plan, blocks[0].arrays, program) if verbose and blocks else None
     if price:
         print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
-        forecast.print_breaches(progress, blocks[0].arrays, program)
+        forecast.print_breaches(runner, blocks[0].arrays, program)
     feed.restart()
     first_epoch = lambda: compat.restored_epoch(model) or initial_epoch  # noqa: E731
     with backends.current().running():
-        loop.train(progress, feed, listed, pace, first_epoch=first_epoch, epochs=epochs, validate=validate)
+        loop.train(runner, feed, listed, pace, first_epoch=first_epoch, epochs=epochs, validate=validate)
     if price and pace.steps:
         print(price.score(pace.seconds / pace.steps))
         forecast.remember(model.name, placement.plan, feed.rows_per_batch, price, pace.seconds / pace.steps)

@@ -11,7 +11,7 @@ from parafit.adapters.step import Adapter, Step, remembered
 from parafit.calibration import calibrate, history
 from parafit.data.feed import Feed
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
-from parafit.execution.runner import Progress
+from parafit.execution.runner import Runner
 from parafit.planner.cost.cost import price as price_of
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import undivided
@@ -107,27 +107,27 @@ def multiply_adds(step: Step, program: Callable[[], Program], rows: int) -> floa
     return max(least, sum(each.flops * each.count * each.steps for each in convolutions) / 2)
 
 
-def foresee(progress: Progress, plan: Plan, arrays: Any, program: Callable[[], Program]) -> Price:
+def foresee(runner: Runner, plan: Plan, arrays: Any, program: Callable[[], Program]) -> Price:
     """The price of a step on blocks like this one.
 
     Seconds come from the cost model, corrected by what fits took before, where this machine was calibrated and the plan's
     devices are its own; else a few steps are timed.
     """
-    chunk = progress.find(arrays)
-    peak_bytes, seconds = chunk.peak_bytes, 0.0
+    compiled = runner.find(arrays)
+    peak_bytes, seconds = compiled.peak_bytes, 0.0
     try:
         _say_undivided(program(), plan)
-        cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=chunk.capacity))
-        copied = cost.memory.get("inputs", 0.0) if chunk.capacity == 1 else 0.0  # one batch is used where it lies
-        peak_bytes = cost.peak_bytes - cost.memory["context"] + progress.block_bytes(arrays) - copied
+        cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=compiled.capacity))
+        copied = cost.memory.get("inputs", 0.0) if compiled.capacity == 1 else 0.0  # one batch is used where it lies
+        peak_bytes = cost.peak_bytes - cost.memory["context"] + runner.block_bytes(arrays) - copied
         seconds = cost.seconds if calibrate.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
     except (ModelError, ProgramError, PlanError, MachineError) as error:
         print(f"parafit: the cost model does not know this step: {error}")
     past = history.load(machine=calibrate.machine_id())
     return Price(
-        seconds_per_step=seconds * history.correction(past, seconds) if seconds else progress.time(arrays),
+        seconds_per_step=seconds * history.correction(past, seconds) if seconds else runner.time(arrays),
         peak_bytes=peak_bytes,
-        compiled_bytes=chunk.peak_bytes,
+        compiled_bytes=compiled.peak_bytes,
         modelled_seconds=seconds,
     )
 
@@ -139,10 +139,10 @@ def _say_undivided(program: Program, plan: Plan) -> None:
         print(f"parafit: {text}")
 
 
-def print_breaches(progress: Progress, arrays: Any, program: Callable[[], Program]) -> None:
+def print_breaches(runner: Runner, arrays: Any, program: Callable[[], Program]) -> None:
     """A line for whatever the compiled program does and the plan does not say."""
     try:
-        for row in progress.check(arrays, program()).broken:
+        for row in runner.check(arrays, program()).broken:
             print(f"parafit: not in the plan: {row}")
     except (ModelError, ProgramError) as error:
         print(f"parafit: the compiled program was not compared with the plan: {error}")

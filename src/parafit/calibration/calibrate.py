@@ -233,7 +233,7 @@ def _linked(machine: Machine) -> Machine:
     return replace(machine, inner=inner, sources={**machine.sources, **sources})
 
 
-def reduction_seconds(size: int, bytes_: int) -> float:
+def reduction_seconds(size: int, nbytes: int) -> float:
     """An all-reduce of so many bytes on each of so many devices, in a compiled loop: the fastest of a few runs."""
     mesh = jax.make_mesh((size,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:size])
     split = jax.sharding.PartitionSpec("data")
@@ -243,7 +243,7 @@ def reduction_seconds(size: int, bytes_: int) -> float:
             0, _TURNS, lambda _, vector: jax.lax.pcast(jax.lax.psum(vector, "data"), "data", to="varying") / size, vector
         )
 
-    vector = jax.device_put(np.ones(size * bytes_ // 4, np.float32), jax.sharding.NamedSharding(mesh, split))
+    vector = jax.device_put(np.ones(size * nbytes // 4, np.float32), jax.sharding.NamedSharding(mesh, split))
     program = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=split, out_specs=split))
     fastest = math.inf
     jax.block_until_ready(program(vector))

@@ -180,23 +180,23 @@ ADAM = (lambda weights: tuple(jax.tree.map(jnp.zeros_like, weights) for _ in "mv
 """Adam (Kingma, Ba 2015) without the correction of bias, as a pair (init, update) as Optax has them."""
 
 
-def _rows(bytes_: float) -> int:
+def _rows(nbytes: float) -> int:
     """Rows of 64 float32 numbers."""
-    return max(1, int(bytes_) // 256)
+    return max(1, int(nbytes) // 256)
 
 
 _apart = lax.optimization_barrier
 
 
-def _elementwise(bytes_: int) -> Probe:
+def _elementwise(nbytes: int) -> Probe:
     """x ← a x + y: reads two arrays, writes one."""
-    x = _numbers(_rows(bytes_ / 3), 64)
+    x = _numbers(_rows(nbytes / 3), 64)
     return Probe(part="curve", kind="elementwise", size=3 * x.nbytes, body=lambda c: _apart((c[0] * 0.5 + c[1], c[1])), carry=(x, x + 1))
 
 
-def _update(bytes_: int) -> Probe:
+def _update(nbytes: int) -> Probe:
     """Adam's update (Kingma, Ba 2015): two slots and the parameter, three operations of ten arrays read or written."""
-    x = _numbers(_rows(bytes_ / 10), 64)
+    x = _numbers(_rows(nbytes / 10), 64)
 
     def body(carry):
         gradient, mean, square, weight = carry
@@ -206,15 +206,15 @@ def _update(bytes_: int) -> Probe:
     return Probe(part="curve", kind="update", size=10 * x.nbytes, body=body, carry=(x, x + 1, x + 2, x + 3))
 
 
-def _function(name: str, function: Callable, bytes_: int) -> Probe:
+def _function(name: str, function: Callable, nbytes: int) -> Probe:
     """A function of every element, which stays between 0 and 1."""
-    x = _numbers(_rows(bytes_), 64)
+    x = _numbers(_rows(nbytes), 64)
     return Probe(part="curve", kind=f"function {name}", size=x.nbytes, body=lambda c: (_apart(function(c[0])),), carry=(x,))
 
 
-def _arithmetic(bytes_: int) -> Probe:
+def _arithmetic(nbytes: int) -> Probe:
     """Seventeen additions and multiplications of every element, in one kernel."""
-    x = _numbers(_rows(bytes_), 64)
+    x = _numbers(_rows(nbytes), 64)
 
     def body(carry):
         (result,) = carry
@@ -225,9 +225,9 @@ def _arithmetic(bytes_: int) -> Probe:
     return Probe(part="curve", kind="arithmetic", size=17 * x.nbytes, body=body, carry=(x,))
 
 
-def _reductions(bytes_: int) -> Iterable[Probe]:
+def _reductions(nbytes: int) -> Iterable[Probe]:
     """Sums over rows and over columns; the first result goes back into the array, so that no run can be left out."""
-    x = _numbers(_rows(bytes_), 64)
+    x = _numbers(_rows(nbytes), 64)
     for axis in (0, 1):
 
         def body(carry, axis=axis):
@@ -237,9 +237,9 @@ def _reductions(bytes_: int) -> Iterable[Probe]:
         yield Probe(part="curve", kind=f"reduction {axis}", size=x.nbytes, body=body, carry=(x,))
 
 
-def _move(bytes_: int) -> Probe:
+def _move(nbytes: int) -> Probe:
     """A copy with two dims exchanged, as attention has its heads: (sequences, tokens, heads, 16)."""
-    x = _numbers(max(1, int(bytes_) // 32768), 64, 4, 16)
+    x = _numbers(max(1, int(nbytes) // 32768), 64, 4, 16)
 
     def body(carry):
         for _ in range(2):
@@ -249,9 +249,9 @@ def _move(bytes_: int) -> Probe:
     return Probe(part="curve", kind="move", size=2 * x.nbytes, body=body, carry=x, runs=2)
 
 
-def _slice(bytes_: int) -> Probe:
+def _slice(nbytes: int) -> Probe:
     """One batch of a block of eight."""
-    x = _numbers(8, _rows(bytes_ / 2), 64)
+    x = _numbers(8, _rows(nbytes / 2), 64)
 
     def body(carry):
         block, index, _ = carry
@@ -260,9 +260,9 @@ def _slice(bytes_: int) -> Probe:
     return Probe(part="curve", kind="slice", size=2 * x[0].nbytes, body=body, carry=(x, np.int32(0), x[0]))
 
 
-def _pooling(bytes_: int) -> Probe:
+def _pooling(nbytes: int) -> Probe:
     """The larger of every 2 × 2 numbers of images, and the gradient."""
-    images = np.random.default_rng(0).random((bytes_ // 2**15, 16, 16, 32), np.float32)
+    images = np.random.default_rng(0).random((nbytes // 2**15, 16, 16, 32), np.float32)
     windows = (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
 
     def body(images):
@@ -272,9 +272,9 @@ def _pooling(bytes_: int) -> Probe:
     return Probe(part="curve", kind="pooling", size=1.75 * images.nbytes, body=body, carry=images, runs=2)
 
 
-def _stack(bytes_: int, kind: str, whole: int) -> Probe:
+def _stack(nbytes: int, kind: str, whole: int) -> Probe:
     """What a step of a loop adds to an array of so many bytes that holds something of all steps."""
-    x = _numbers(_rows(bytes_ / 2), 64)
+    x = _numbers(_rows(nbytes / 2), 64)
     stack = _numbers(whole // x.nbytes, *x.shape)
 
     def body(carry):
@@ -284,8 +284,8 @@ def _stack(bytes_: int, kind: str, whole: int) -> Probe:
     return Probe(part="curve", kind=kind, size=2 * x.nbytes, body=body, carry=(stack, np.int32(0), x))
 
 
-def _random(bytes_: int) -> Probe:
-    rows = _rows(bytes_)
+def _random(nbytes: int) -> Probe:
+    rows = _rows(nbytes)
 
     def body(carry):
         key, _ = carry
@@ -299,9 +299,9 @@ def _places(rows: int, of: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, of, rows, dtype=np.int32)
 
 
-def _gather(bytes_: int, kind: str, of: int) -> Probe:
+def _gather(nbytes: int, kind: str, of: int) -> Probe:
     """Rows of 64 numbers, taken from so many."""
-    rows = _rows(bytes_ / 2)
+    rows = _rows(nbytes / 2)
 
     def body(carry):
         table, places, taken = carry
@@ -312,9 +312,9 @@ def _gather(bytes_: int, kind: str, of: int) -> Probe:
     return Probe(part="curve", kind=kind, size=2 * rows * 256 + 4 * rows, body=body, carry=carry)
 
 
-def _scatter(bytes_: int) -> Probe:
+def _scatter(nbytes: int) -> Probe:
     """Rows of 64 numbers, added to rows of four times as many."""
-    rows = _rows(bytes_ / 3)
+    rows = _rows(nbytes / 3)
 
     def body(carry):
         table, places, given = carry
@@ -324,8 +324,8 @@ def _scatter(bytes_: int) -> Probe:
     return Probe(part="curve", kind="scatter", size=3 * rows * 256 + 4 * rows, body=body, carry=carry)
 
 
-def _sort(bytes_: int) -> Probe:
-    x = np.random.default_rng(0).random((_rows(bytes_ / 2), 64), np.float32)
+def _sort(nbytes: int) -> Probe:
+    x = np.random.default_rng(0).random((_rows(nbytes / 2), 64), np.float32)
     return Probe(part="curve", kind="sort", size=2 * x.nbytes, body=lambda c: _apart((lax.sort(c[0] * -1.0),)), carry=(x,))
 
 

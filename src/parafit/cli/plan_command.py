@@ -55,10 +55,10 @@ def plan_text(
     if machine is None and (hosts is not None or network is not None):
         raise MachineError("--hosts and --network describe a machine that is not here: name it with --machine, such as --machine h100x8.")
     where = Machine.load(machine, hosts=hosts, network=network) if machine else None
-    bytes_ = None if max_gib is None else max_gib * 2**30
+    nbytes = None if max_gib is None else max_gib * 2**30
     names = None if allow is None else [name.strip() for name in allow.split(",")]
     wanted = load_model(model, sizes)
-    plan = find_plan(wanted, batch_size=batch_size, machine=where, goal=goal, max_bytes=bytes_, allow=names)
+    plan = find_plan(wanted, batch_size=batch_size, machine=where, goal=goal, max_bytes=nbytes, allow=names)
     pieces = [str(plan)] + ([explain(plan, instead)] if instead else [])
     if out:
         _write(out, plan.to_json() + "\n")

@@ -40,7 +40,7 @@ class Tally:
     logs: Any
 
 
-class Chunk:
+class CompiledSteps:
     """A compiled program of up to `capacity` steps: `(fixed, state, tally, steps, arrays) -> (state, tally, outputs)`.
 
     The state passed in is donated. After a step whose loss is not finite the program stops; called again with that tally,
@@ -87,7 +87,7 @@ def _compile(backend: Backend, lowered, options: CompilerOptions):
         return backend.compile(lowered, options)
 
 
-def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> Chunk:
+def compiled_steps(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> CompiledSteps:
     """The program for this step and blocks of these shapes, made once for as long as the model stays as it is.
 
     Tracing happens here; compiling goes on in the background until the chunk is called. What runs `seldom` is compiled quickly.
@@ -99,10 +99,10 @@ def find_chunk(keeper, step: Step, arrays, placement: Placement, *, seldom: bool
         jax.tree.structure(arrays),
         tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays)),
     )
-    return remembered(keeper, step, key, lambda: _make_chunk(step, arrays, placement, seldom))
+    return remembered(keeper, step, key, lambda: _compiled_steps(step, arrays, placement, seldom))
 
 
-def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk:
+def _compiled_steps(step: Step, arrays, placement: Placement, seldom: bool) -> CompiledSteps:
     fixed, state, arrays = shapes_of((step.read_fixed(), step.read(), arrays))
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
@@ -113,7 +113,7 @@ def _make_chunk(step: Step, arrays, placement: Placement, seldom: bool) -> Chunk
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
     lowered = program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays)
-    return Chunk(lowered, options, tally.logs, capacity, placement)
+    return CompiledSteps(lowered, options, tally.logs, capacity, placement)
 
 
 def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) -> tuple[Callable, Any, CompilerOptions]:

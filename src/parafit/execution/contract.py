@@ -16,7 +16,7 @@ import numpy as np
 from parafit.errors import ProgramError
 from parafit.planner.cost.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 from parafit.planner.layout import lay_out
-from parafit.planner.partition import Shares
+from parafit.planner.partition import Partition
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
 
@@ -166,8 +166,8 @@ def expect(program: Program, plan: Plan) -> tuple[Collective, ...]:
         program: the step.
         plan: a resolved plan.
     """
-    shares = Shares(program, plan)
-    return (*_exchanged(shares), *_regathered(shares), *_recut(shares))
+    partition = Partition(program, plan)
+    return (*_exchanged(partition), *_regathered(partition), *_recut(partition))
 
 
 # What a program communicates --------------------------------------------------------------------------------------------------------
@@ -288,12 +288,12 @@ def _pairs_axis(pairs: set[frozenset[int]], axes: Mapping[str, int]) -> str:
 # What a plan communicates -----------------------------------------------------------------------------------------------------------
 
 
-def _exchanged(shares: Shares) -> Iterator[Collective]:
+def _exchanged(partition: Partition) -> Iterator[Collective]:
     """What operations exchange, in every microbatch; gradients that are stored in parts are scattered."""
-    plan = shares.plan
-    for operation in shares.program.operations:
+    plan = partition.plan
+    for operation in partition.program.operations:
         times = operation.count * operation.steps * (1 if operation.phase == "update" else plan.microbatches)
-        for exchange in shares.of(operation).exchanges:
+        for exchange in partition.of(operation).exchanges:
             scattered = exchange.tensor.role == "gradient" and exchange.axis == plan.store.get("gradient")
             kind = REDUCE_SCATTER if scattered else exchange.kind
             found = Collective(kind=kind, axis=exchange.axis, bytes=round(exchange.bytes), count=times, source=exchange.tensor.name)
@@ -302,22 +302,22 @@ def _exchanged(shares: Shares) -> Iterator[Collective]:
                 yield replace(found, again=True)
 
 
-def _regathered(shares: Shares) -> Iterator[Collective]:
+def _regathered(partition: Partition) -> Iterator[Collective]:
     """Parameters that are updated, or stored, in parts: gathered once a step."""
-    layout = lay_out(shares.program.tensors.values(), shares.plan)
-    for tensor in shares.program.of_role("parameter"):
+    layout = lay_out(partition.program.tensors.values(), partition.plan)
+    for tensor in partition.program.of_role("parameter"):
         split = [axis for axis in layout.store["slot"][tensor.name] if axis not in layout.compute[tensor.name]]
         if split and split[0]:
             yield Collective(
-                kind=ALL_GATHER, axis=split[0], bytes=round(shares.local_bytes(tensor)), count=tensor.count, source=tensor.name
+                kind=ALL_GATHER, axis=split[0], bytes=round(partition.local_bytes(tensor)), count=tensor.count, source=tensor.name
             )
 
 
-def _recut(shares: Shares) -> Iterator[Collective]:
+def _recut(partition: Partition) -> Iterator[Collective]:
     """A batch that devices and microbatches do not divide: gathered before it is cut."""
-    plan, axis = shares.plan, shares.plan.compute.get("batch")
-    if axis and plan.microbatches > 1 and shares.program.sizes.get("batch", 1) % (plan.axes[axis] * plan.microbatches):
-        for tensor in shares.program.of_role("input"):
+    plan, axis = partition.plan, partition.plan.compute.get("batch")
+    if axis and plan.microbatches > 1 and partition.program.sizes.get("batch", 1) % (plan.axes[axis] * plan.microbatches):
+        for tensor in partition.program.of_role("input"):
             yield Collective(kind=ALL_GATHER, axis=axis, bytes=tensor.bytes, source=tensor.name)
 
 

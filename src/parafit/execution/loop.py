@@ -16,13 +16,13 @@ import numpy as np
 from parafit.adapters.step import Adapter
 from parafit.data.feed import Epoch, Feed
 from parafit.errors import NonFiniteLossError
-from parafit.execution.runner import Pace, Progress
+from parafit.execution.runner import Pace, Runner
 from parafit.placement import Placement
 from parafit.support import compat
 
 
 def train(
-    progress: Progress,
+    runner: Runner,
     feed: Feed,
     callbacks,
     pace: Pace,
@@ -34,7 +34,7 @@ def train(
     """Train for epochs `first_epoch()` to `epochs`, as `keras.Model.fit` does once data and callbacks are there.
 
     Args:
-        progress: the model's training step on the plan's devices.
+        runner: the model's training step on the plan's devices.
         feed: the training data.
         callbacks: the run's callbacks; `model.history` is among them.
         pace: how many steps to run between two callbacks.
@@ -45,7 +45,7 @@ def train(
     Raises:
         NonFiniteLossError: the loss became NaN or infinite and no callback ended training for it.
     """
-    adapter, model = progress.adapter, progress.adapter.model
+    adapter, model = runner.adapter, runner.adapter.model
     model.stop_training = False
     finished, logs = False, {}
     callbacks.on_train_begin()
@@ -53,14 +53,14 @@ def train(
         for epoch in range(first_epoch(), epochs):
             model.reset_metrics()
             callbacks.on_epoch_begin(epoch)
-            last = _train_epoch(epoch, feed, progress, callbacks, pace)
+            last = _train_epoch(epoch, feed, runner, callbacks, pace)
             logs = adapter.result(last) | validate(epoch)
             callbacks.on_epoch_end(epoch, logs)
             if model.stop_training:
                 break
         finished = True
     finally:
-        progress.leave()
+        runner.leave()
         if epochs > 0:
             adapter.finish_training()
         if finished:
@@ -70,18 +70,18 @@ def train(
 def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
     """The loss and metrics of the model on the feed's one epoch, by name."""
     model = adapter.model
-    progress = Progress(adapter, adapter.test_step(), placement)
-    progress.compile(feed.foreseen())
+    runner = Runner(adapter, adapter.test_step(), placement)
+    runner.compile(feed.foreseen())
     model.stop_evaluating = False
     callbacks.on_test_begin()
     model.reset_metrics()
     logs = {}
-    for group in _groups(feed.epoch(), progress, pace, callbacks.on_test_batch_begin):
+    for group in _groups(feed.epoch(), runner, pace, callbacks.on_test_batch_begin):
         logs = group.logs
         callbacks.on_test_batch_end(group.last, logs)
         if model.stop_evaluating:
             break
-    progress.leave()
+    runner.leave()
     logs = compat.log_values(adapter.result(logs))
     callbacks.on_test_end(logs)
     return logs
@@ -90,17 +90,17 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
 def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
     """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
     model = adapter.model
-    progress = Progress(adapter, adapter.predict_step(), placement)
-    progress.compile(feed.foreseen())
+    runner = Runner(adapter, adapter.predict_step(), placement)
+    runner.compile(feed.foreseen())
     model.stop_predicting = False
     callbacks.on_predict_begin()
     parts = []
-    for group in _groups(feed.epoch(), progress, pace, callbacks.on_predict_batch_begin):
+    for group in _groups(feed.epoch(), runner, pace, callbacks.on_predict_batch_begin):
         parts += [_joined(group.outputs)] if pace.strides else group.outputs  # else no callback looks at them
         callbacks.on_predict_batch_end(group.last, {"outputs": parts[-1]})
         if model.stop_predicting:
             break
-    progress.leave()
+    runner.leave()
     callbacks.on_predict_end()
     return _joined(parts)
 
@@ -116,37 +116,37 @@ class Group:
     outputs: list
 
 
-def _train_epoch(epoch: int, feed: Feed, progress: Progress, callbacks, pace: Pace) -> dict:
-    model = progress.adapter.model
+def _train_epoch(epoch: int, feed: Feed, runner: Runner, callbacks, pace: Pace) -> dict:
+    model = runner.adapter.model
     logs = {}
-    for group in _groups(feed.epoch(), progress, pace, callbacks.on_train_batch_begin):
+    for group in _groups(feed.epoch(), runner, pace, callbacks.on_train_batch_begin):
         logs = group.logs
         callbacks.on_train_batch_end(group.last, logs)
         if not group.healthy:
-            seconds = progress.recover()
+            seconds = runner.recover()
             if not model.stop_training:
-                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.find_non_finite() or progress.find_non_finite())
+                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.find_non_finite() or runner.find_non_finite())
         if model.stop_training:
             break
     return logs
 
 
-def _groups(epoch: Epoch, progress: Progress, pace: Pace, on_begin: Callable[[int], None]):
+def _groups(epoch: Epoch, runner: Runner, pace: Pace, on_begin: Callable[[int], None]):
     first = 0
     block = epoch.take(pace.next_steps())
     while block is not None:
         on_begin(first)
-        progress.enter()
-        planned, compiling, started = pace.next_steps(), progress.seconds_compiling, time.perf_counter()
+        runner.enter()
+        planned, compiling, started = pace.next_steps(), runner.seconds_compiling, time.perf_counter()
         steps, outputs = 0, []
         while block is not None:
-            outputs.append((block.steps, progress.run(block)))
+            outputs.append((block.steps, runner.run(block)))
             steps += block.steps
             block = epoch.take(planned - steps) if steps < planned else None
         pace.count(steps)
         block = epoch.take_ahead(pace.next_steps())
-        tally = progress.rest()
-        pace.record(steps, time.perf_counter() - started - (progress.seconds_compiling - compiling))
+        tally = runner.rest()
+        pace.record(steps, time.perf_counter() - started - (runner.seconds_compiling - compiling))
         # An execution cut short by the end of the epoch has the number of its last step as if it were whole, as in Keras.
         last = first + (-(-steps // pace.execution) * pace.execution - 1 if tally.healthy else int(tally.done))
         yield Group(first, last, tally.healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])

@@ -12,9 +12,9 @@ import numpy as np
 from parafit.adapters.step import Adapter, State, Step
 from parafit.data.feed import Block
 from parafit.errors import PlanError
-from parafit.execution.compiled import Chunk, Tally, find_chunk
+from parafit.execution.compiled import CompiledSteps, Tally, compiled_steps
 from parafit.execution.contract import Report, check, compare_memory, expect, read
-from parafit.execution.snapshot import Safeguard, is_finite
+from parafit.execution.snapshot import Snapshot, is_finite
 from parafit.placement import Placement
 from parafit.planner.layout import lay_out, resolve, split_by_dims
 from parafit.planner.plan import AXES, Plan
@@ -105,7 +105,7 @@ class Pace:
         self._last_steps, self._last_seconds_per_step = steps, max(seconds / steps, 1e-9)
 
 
-class Progress:
+class Runner:
     """A step's state on its way through programs.
 
     Args:
@@ -126,24 +126,24 @@ class Progress:
         self._tally: Any = None
         self._fixed: list[jax.Array] = []
         self._found: dict[int, tuple[Any, Any]] = {}
-        self._safeguard: Any = Safeguard() if step.stops_on_bad_loss else None
+        self._snapshot: Any = Snapshot() if step.stops_on_bad_loss else None
 
     def compile(self, blocks: list[Block]) -> None:
         """Start compiling the programs for blocks like these, all at once."""
         for block in blocks:
-            find_chunk(self.adapter.keeper, self._step, block.arrays, self._placement, seldom=block.seldom)
+            compiled_steps(self.adapter.keeper, self._step, block.arrays, self._placement, seldom=block.seldom)
 
-    def find(self, arrays: Any, *, seldom: bool = False) -> Chunk:
+    def find(self, arrays: Any, *, seldom: bool = False) -> CompiledSteps:
         """The compiled program for a block of these arrays."""
-        known, chunk = self._found.get(id(arrays), (None, None))
+        known, compiled = self._found.get(id(arrays), (None, None))
         if known is arrays:  # buffers filled again
-            return chunk
+            return compiled
         started = time.perf_counter()
-        chunk = find_chunk(self.adapter.keeper, self._step, arrays, self._placement, seldom=seldom)
-        chunk.wait()  # so that compiling is not taken for running
+        compiled = compiled_steps(self.adapter.keeper, self._step, arrays, self._placement, seldom=seldom)
+        compiled.wait()  # so that compiling is not taken for running
         self.seconds_compiling += time.perf_counter() - started
-        self._found[id(arrays)] = arrays, chunk
-        return chunk
+        self._found[id(arrays)] = arrays, compiled
+        return compiled
 
     def time(self, arrays: Any) -> float:
         """Seconds of a step, by a few steps on a copy of the state; the model's own state stays as it is."""
@@ -152,17 +152,17 @@ class Progress:
             self._step.owners,
             (self._step.read_fixed(), self._step.read()),
         )
-        chunk = self.find(arrays)
+        compiled = self.find(arrays)
         block = self._placement.put_block(arrays)
         steps, seconds = 1, 0.0
         for _ in range(_TRIALS):  # the first also brings memory in; later ones run more steps at once
             started = time.perf_counter()
-            state, tally, _ = chunk(fixed, state, chunk.fresh_tally, steps, block)
+            state, tally, _ = compiled(fixed, state, compiled.fresh_tally, steps, block)
             jax.block_until_ready((state, tally))
             seconds = (time.perf_counter() - started) / max(1, int(tally.done))
             if seconds > _LONG_SECONDS:
                 break
-            steps = max(1, min(chunk.capacity, int(_TRIAL_SECONDS / seconds)))
+            steps = max(1, min(compiled.capacity, int(_TRIAL_SECONDS / seconds)))
         return seconds
 
     def check(self, arrays: Any, program: Program) -> Report:
@@ -170,11 +170,11 @@ class Progress:
         placement = self._placement
         if placement.mesh is None:
             return Report(rows=())
-        chunk = self.find(arrays)
-        report = check(read(chunk.text, dict(placement.mesh.shape)), expect(program, placement.plan))
+        compiled = self.find(arrays)
+        report = check(read(compiled.text, dict(placement.mesh.shape)), expect(program, placement.plan))
         held = self._step.read_fixed(), self._step.read()
         state_bytes = _local_bytes(held, jax.tree.map(placement.stored, self._step.owners, held))
-        memory = compare_memory(planned_bytes=state_bytes + self.block_bytes(arrays), found_bytes=chunk.argument_bytes)
+        memory = compare_memory(planned_bytes=state_bytes + self.block_bytes(arrays), found_bytes=compiled.argument_bytes)
         return Report(rows=(*report.rows, memory))
 
     def block_bytes(self, arrays: Any) -> int:
@@ -185,8 +185,8 @@ class Progress:
     def enter(self) -> None:
         """Take the state from the model, which a callback may have changed, to the devices."""
         held = self._step.read()
-        if self._safeguard:
-            self._safeguard.update(held)
+        if self._snapshot:
+            self._snapshot.update(held)
         if self._written is None or not _same(held, self._written):
             self._fixed, self._state = jax.tree.map(
                 self._placement.put_state, self._step.owners, (self._step.read_fixed(), _unshared(held))
@@ -195,11 +195,11 @@ class Progress:
 
     def run(self, block: Block) -> Any:
         """Dispatch the steps of a block; gives the predictions, if the step makes any."""
-        chunk = self.find(block.arrays, seldom=block.seldom)
-        tally = self._tally or chunk.fresh_tally
+        compiled = self.find(block.arrays, seldom=block.seldom)
+        tally = self._tally or compiled.fresh_tally
         # One batch goes in as it is: a copy costs less than a call that avoids it.
-        arrays = block.arrays if chunk.capacity == 1 else self._placement.put_block(block.arrays)
-        self._state, self._tally, outputs = chunk(self._fixed, self._state, tally, block.steps, arrays)
+        arrays = block.arrays if compiled.capacity == 1 else self._placement.put_block(block.arrays)
+        self._state, self._tally, outputs = compiled(self._fixed, self._state, tally, block.steps, arrays)
         block.release(self._tally.done if outputs is None else jax.tree.leaves(outputs)[0])
         return outputs
 
@@ -215,7 +215,7 @@ class Progress:
 
     def recover(self) -> float:
         """Bring the last good state back; gives how many seconds old it is."""
-        self._written, seconds = self._safeguard.mend(self._state)
+        self._written, seconds = self._snapshot.mend(self._state)
         self._state = self._written
         self._step.write(self._state)
         return seconds
@@ -229,7 +229,7 @@ class Progress:
     def leave(self) -> None:
         """Let the model hold the state on its first device, as it was before the run."""
         if self._state is not self._written:  # cut off within a group
-            if self._safeguard and any(array.is_deleted() for array in jax.tree.leaves(self._state)):
+            if self._snapshot and any(array.is_deleted() for array in jax.tree.leaves(self._state)):
                 self.recover()
             else:
                 self._step.write(self._state)

@@ -17,7 +17,7 @@ _WEIGHT_GROUPS = 2
 _GUARDED_GROUPS = 3
 
 
-class Safeguard:
+class Snapshot:
     """A copy of the training state in host memory, renewed as often as `SHARE` allows, and only with finite values.
 
     The first copy, at the start, is of weights and scalars alone, whatever they are: averages kept by an optimizer start from zero there.

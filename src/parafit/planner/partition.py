@@ -52,7 +52,7 @@ class Share:
     exchanges: tuple[Exchange, ...]
 
 
-class Shares:
+class Partition:
     """What each device does under a plan.
 
     Args:
@@ -72,8 +72,8 @@ class Shares:
     ...                 flops=501760, contracted=("pixels",), shape=(1, 32, 784, 10))
     >>> program = Program(name="one", operations=(dot,), tensors={t.name: t for t in (x, w, y)},
     ...                   sizes={"batch": 32, "pixels": 784, "classes": 10})
-    >>> shares = Shares(program, Plan(axes={"data": 2, "tensor": 4}, compute={"batch": "data", "pixels": "tensor"}))
-    >>> share = shares.of(dot)
+    >>> partition = Partition(program, Plan(axes={"data": 2, "tensor": 4}, compute={"batch": "data", "pixels": "tensor"}))
+    >>> share = partition.of(dot)
     >>> share.shape, [(exchange.kind, exchange.axis, exchange.bytes) for exchange in share.exchanges]
     ((1, 16, 196, 10), [('all-reduce', 'tensor', 640.0)])
     """
@@ -108,12 +108,12 @@ class Shares:
         return sum(piece.count * piece.local_rows for piece in self.pieces) / self.piece.local_rows
 
     @cached_property
-    def fullest(self) -> "Shares":
+    def fullest(self) -> "Partition":
         """The shares of the microbatch of which a device has most."""
         place, largest = max(enumerate(self.pieces), key=lambda pair: pair[1].local_rows)
         if largest.local_rows == self.piece.local_rows:
             return self
-        return Shares(self.program, self.plan, self.pieces, place=place, flat_state=self.flat_state)
+        return Partition(self.program, self.plan, self.pieces, place=place, flat_state=self.flat_state)
 
     def group(self, axis: str) -> Group:
         """The devices along an axis: the plan's last axis joins neighbours."""
@@ -198,8 +198,8 @@ class Shares:
         for tensor in outputs:
             if cut not in tensor.dims:
                 own = self.split(tensor.dims, axis)
-                bytes_ = self.local_bytes(tensor) / (self._fractions[own] if own else 1)
-                yield Exchange(kind=REDUCE_SCATTER if own else ALL_REDUCE, axis=axis, tensor=tensor, bytes=bytes_)
+                nbytes = self.local_bytes(tensor) / (self._fractions[own] if own else 1)
+                yield Exchange(kind=REDUCE_SCATTER if own else ALL_REDUCE, axis=axis, tensor=tensor, bytes=nbytes)
 
     def _shape(self, operation: Operation, inputs: list[Tensor], cuts: tuple[str, ...]) -> tuple[float, ...]:
         if not operation.shape:

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parafit.support.jaxprs import called, read_branches, read_scan, read_while
 from parafit.tracing.dims import groups
-from parafit.tracing.graph import Leaf, Value, Walk
+from parafit.tracing.graph import Graph, Leaf, Value
 from parafit.tracing.passes import Pass
-from parafit.tracing.primitives import behaviour
+from parafit.tracing.primitives import primitive_named
 
 
 def evenly(closed: ClosedJaxpr, mesh: Mesh, *, given: Sequence[NamedSharding | None], left: Sequence[NamedSharding | None]) -> ClosedJaxpr:
@@ -35,10 +35,10 @@ def evenly(closed: ClosedJaxpr, mesh: Mesh, *, given: Sequence[NamedSharding | N
     return _Constrainer(mesh, _Reach(closed, given, left)).closed(closed)
 
 
-class _Reach(Walk):
-    """A walk that finds out which mesh axes may come to split which dimension.
+class _Reach(Graph):
+    """A graph that finds out which mesh axes may come to split which dimension.
 
-    A split passes between dimensions that the walk ties, and between those that an operation cuts or extends.
+    A split passes between dimensions that the graph ties, and between those that an operation cuts or extends.
     """
 
     def __init__(self, closed: ClosedJaxpr, given: Sequence[NamedSharding | None], left: Sequence[NamedSharding | None]):
@@ -175,7 +175,7 @@ def _passages(equation: JaxprEqn) -> Iterator[tuple[Place, Place]]:
         outside = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
         yield from (((2, one), (0, other)) for one, other in zip(numbers.update_window_dims, _without(result, outside)))
     elif name not in ("broadcast_in_dim", "transpose", "dot_general"):
-        repeats = behaviour(name).kind == "elementwise"  # a size of 1, as often as the other operand is long
+        repeats = primitive_named(name).kind == "elementwise"  # a size of 1, as often as the other operand is long
         for side, shape in enumerate(operands):
             alike = [place for place, var in enumerate(equation.outvars) if len(_shape(var)) == len(shape)]
             dims = [dim for dim, size in enumerate(shape) if not repeats or size == result[dim]] if alike else []
@@ -205,7 +205,7 @@ def _along(equation: JaxprEqn) -> Iterator[Place]:
     along = equation.params.get(_ALONG.get(equation.primitive.name, ""))
     for side, var in enumerate(equation.invars):
         rank = 0 if isinstance(var, Literal) else len(_shape(var))
-        if behaviour(equation.primitive.name).kind == "unknown":
+        if primitive_named(equation.primitive.name).kind == "unknown":
             yield from ((side, dim) for dim in range(rank))
         elif rank and along is not None:
             yield side, along % rank

@@ -1,4 +1,4 @@
-"""Groups the records of a walk into kernels: chains of elementwise operations run inside what reads them, and are never stored.
+"""Groups the records of a graph into kernels: chains of elementwise operations run inside what reads them, and are never stored.
 
 A result that can be fused is stored all the same where that moves fewer bytes: with n readers, computing it anew costs n times what
 it is made from, storing it costs that once, one write and n reads. Results of costly functions (exp, tanh, a division) are
@@ -7,7 +7,7 @@ not computed twice. Both are what XLA's fusion aims at.
 
 from dataclasses import dataclass, field
 
-from parafit.tracing.graph import Record, Value, Walk
+from parafit.tracing.graph import Graph, Record, Value
 
 
 @dataclass(eq=False, kw_only=True)
@@ -32,12 +32,12 @@ class Kernel:
     fused: list[Record] = field(default_factory=list)
 
 
-def group(walk: Walk) -> list[Kernel]:
-    """The kernels of a walk, in the order they run."""
-    stored = _stored(walk)
+def group(graph: Graph) -> list[Kernel]:
+    """The kernels of a graph, in the order they run."""
+    stored = _stored(graph)
     inside: set[int] = set()
     kernels = []
-    for record in walk.records:
+    for record in graph.records:
         writes = [value for value in record.outputs if id(value.root()) in stored]
         if record.alias or (record.outputs and not writes):
             continue
@@ -51,11 +51,11 @@ def group(walk: Walk) -> list[Kernel]:
     return kernels
 
 
-def _stored(walk: Walk) -> set[int]:
+def _stored(graph: Graph) -> set[int]:
     """The arrays that are written to memory, by `id`."""
-    stored = {id(value.root()) for record in walk.records for value in record.inputs if value.root().producer is None}
+    stored = {id(value.root()) for record in graph.records for value in record.inputs if value.root().producer is None}
     kernels: dict[int, set[int]] = {}
-    for record in reversed(walk.records):
+    for record in reversed(graph.records):
         for value in record.outputs if not record.alias else ():
             root = value.root()
             readers = set().union(*(kernels.get(id(reader), set()) for reader in root.readers if not reader.alias))

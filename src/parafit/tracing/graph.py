@@ -9,7 +9,7 @@ from typing import Any
 
 from parafit.support.jaxprs import Scan, While, called, opened, read_branches, read_scan, read_while
 from parafit.tracing.dims import Dims
-from parafit.tracing.primitives import behaviour, matmul_shape
+from parafit.tracing.primitives import matmul_shape, primitive_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Value:
 
     Attributes:
         shape, itemsize, role: as in `parafit.planner.program.Tensor`.
-        dims: numbers in the walk's `Dims`.
+        dims: numbers in the graph's `Dims`.
         name: of a leaf, else "".
         layer: the layer it belongs to, "" while unknown.
         source: the value it is another view of.
@@ -83,7 +83,7 @@ class Value:
 
 @dataclass(eq=False, kw_only=True)
 class Record:
-    """An operation of the traced step; fields as in `parafit.planner.program.Operation` and `Behaviour`, dims as numbers.
+    """An operation of the traced step; fields as in `parafit.planner.program.Operation` and `Primitive`, dims as numbers.
 
     Attributes:
         params: of its primitive.
@@ -111,8 +111,8 @@ class Record:
     again: bool = False
 
 
-class Walk:
-    """One walk over a traced step.
+class Graph:
+    """One graph over a traced step.
 
     Attributes:
         dims: of all values.
@@ -293,17 +293,17 @@ class Walk:
 
     def _operation(self, equation, inputs: list[Value], scope: str, steps: int) -> list[Value]:
         name, params = equation.primitive.name, equation.params
-        ours = behaviour(name)
+        ours = primitive_named(name)
         shapes, results = [value.shape for value in inputs], [tuple(getattr(var.aval, "shape", ())) for var in equation.outvars]
         try:
             dims, contracted = ours.rule(self.dims, params, [value.dims for value in inputs], results)
             flops = ours.flops(params, shapes, results)
             assert [len(group) for group in dims] == [len(shape) for shape in results]
         except Exception:  # whatever a primitive brings that its rule did not expect
-            ours = behaviour("")
+            ours = primitive_named("")
             (dims, contracted), flops = ours.rule(self.dims, params, [value.dims for value in inputs], results), 0.0
         if ours.kind == "reduction" and name.startswith("reduce_") and inputs[0].shape and math.prod(shapes[0]) == math.prod(results[0]):
-            ours, flops = behaviour("squeeze"), 0.0
+            ours, flops = primitive_named("squeeze"), 0.0
         if ours.kind == "unknown" and results:
             self.unknown[name] = None
         record = self._record(name, ours.kind, scope, inputs, contracted, steps=steps, flops=flops)

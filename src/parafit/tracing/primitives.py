@@ -13,7 +13,7 @@ from parafit.tracing.dim_rules import Rule, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behaviour:
+class Primitive:
     """How a primitive behaves.
 
     Attributes:
@@ -35,10 +35,10 @@ class Behaviour:
     absorbs: bool = False
 
 
-def behaviour(primitive: str) -> Behaviour:
+def primitive_named(primitive: str) -> Primitive:
     """How a primitive behaves; one that is not known is of kind "unknown": its dims are fixed and tied to none.
 
-    >>> behaviour("dot_general").kind, behaviour("made_up").kind
+    >>> primitive_named("dot_general").kind, primitive_named("made_up").kind
     ('matmul', 'unknown')
     """
     return _KNOWN.get(primitive, _UNKNOWN)
@@ -121,29 +121,29 @@ def _update_flops(params, inputs, outputs) -> float:
 
 # The table ----------------------------------------------------------------------------------------------------------------------------
 
-_UNKNOWN = Behaviour(kind="unknown", rule=dim_rules.unknown, flops=_none)
-_ARITHMETIC = Behaviour(kind="elementwise", rule=dim_rules.elementwise, flops=_per_result, fuses=True)
-_COSTLY = Behaviour(kind="elementwise", rule=dim_rules.elementwise, flops=_per_result, fuses=True, costly=True)
-_SELECTION = Behaviour(kind="elementwise", rule=dim_rules.elementwise, flops=_none, fuses=True)
-_ALIAS = Behaviour(kind="move", rule=dim_rules.identity, flops=_none, fuses=True, alias=True)
-_REDUCTION = Behaviour(kind="reduction", rule=dim_rules.reduce, flops=_per_operand, absorbs=True)
-_ODD_REDUCTION = Behaviour(kind="reduction", rule=dim_rules.reduce_oddly, flops=_per_operand, absorbs=True)
-_WINDOW = Behaviour(kind="pooling", rule=dim_rules.window, flops=_window_flops)
-_SCAN = Behaviour(kind="reduction", rule=dim_rules.along("axis"), flops=_per_operand)
-_KEY = Behaviour(kind="random", rule=dim_rules.free, flops=_none)
-_SCATTER = Behaviour(kind="scatter", rule=dim_rules.scatter(sums=True), flops=_update_flops)
-_SCATTER_OVER = Behaviour(kind="scatter", rule=dim_rules.scatter(sums=False), flops=_none)
+_UNKNOWN = Primitive(kind="unknown", rule=dim_rules.unknown, flops=_none)
+_ARITHMETIC = Primitive(kind="elementwise", rule=dim_rules.elementwise, flops=_per_result, fuses=True)
+_COSTLY = Primitive(kind="elementwise", rule=dim_rules.elementwise, flops=_per_result, fuses=True, costly=True)
+_SELECTION = Primitive(kind="elementwise", rule=dim_rules.elementwise, flops=_none, fuses=True)
+_ALIAS = Primitive(kind="move", rule=dim_rules.identity, flops=_none, fuses=True, alias=True)
+_REDUCTION = Primitive(kind="reduction", rule=dim_rules.reduce, flops=_per_operand, absorbs=True)
+_ODD_REDUCTION = Primitive(kind="reduction", rule=dim_rules.reduce_oddly, flops=_per_operand, absorbs=True)
+_WINDOW = Primitive(kind="pooling", rule=dim_rules.window, flops=_window_flops)
+_SCAN = Primitive(kind="reduction", rule=dim_rules.along("axis"), flops=_per_operand)
+_KEY = Primitive(kind="random", rule=dim_rules.free, flops=_none)
+_SCATTER = Primitive(kind="scatter", rule=dim_rules.scatter(sums=True), flops=_update_flops)
+_SCATTER_OVER = Primitive(kind="scatter", rule=dim_rules.scatter(sums=False), flops=_none)
 
 
-def _moves(rule: Rule, **options) -> Behaviour:
-    return Behaviour(kind="move", rule=rule, flops=_none, fuses=True, **options)
+def _moves(rule: Rule, **options) -> Primitive:
+    return Primitive(kind="move", rule=rule, flops=_none, fuses=True, **options)
 
 
-def _all(names: str, one: Behaviour) -> dict[str, Behaviour]:
+def _all(names: str, one: Primitive) -> dict[str, Primitive]:
     return dict.fromkeys(names.split(), one)
 
 
-_KNOWN: dict[str, Behaviour] = {
+_KNOWN: dict[str, Primitive] = {
     **_all(
         "abs add add_any and ceil clz eq eq_to floor ge gt integer_pow is_finite le le_to lt lt_to max min mul mulhi mul_hi", _ARITHMETIC
     ),
@@ -154,18 +154,18 @@ _KNOWN: dict[str, Behaviour] = {
     **_all("regularized_incomplete_beta rem rsqrt sin sinh sqrt tan tanh zeta", _COSTLY),
     **_all("clamp complex conj convert_element_type imag real reduce_precision select_n threefry2x32", _SELECTION),
     **_all("copy copy_p device_put name optimization_barrier pvary sharding_constraint stop_gradient", _ALIAS),
-    "bitcast_convert_type": Behaviour(kind="move", rule=dim_rules.elementwise, flops=_none, fuses=True, alias=True),
+    "bitcast_convert_type": Primitive(kind="move", rule=dim_rules.elementwise, flops=_none, fuses=True, alias=True),
     **_all("reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin", _REDUCTION),
     "reduce": _ODD_REDUCTION,
     **_all("reduce_window reduce_window_max reduce_window_min reduce_window_sum", _WINDOW),
     "select_and_gather_add": _WINDOW,
-    "select_and_scatter_add": Behaviour(kind="pooling", rule=dim_rules.window_gradient, flops=_window_gradient_flops),
+    "select_and_scatter_add": Primitive(kind="pooling", rule=dim_rules.window_gradient, flops=_window_gradient_flops),
     **_all("cumsum cumprod cummax cummin cumlogsumexp", _SCAN),
-    "sort": Behaviour(kind="sort", rule=dim_rules.along("dimension"), flops=_sort_flops),
-    "top_k": Behaviour(kind="sort", rule=dim_rules.top, flops=_per_operand),
-    "dot_general": Behaviour(kind="matmul", rule=dim_rules.dot, flops=_dot_flops),
-    "conv_general_dilated": Behaviour(kind="convolution", rule=dim_rules.convolution, flops=_convolution_flops),
-    "gather": Behaviour(kind="gather", rule=dim_rules.gather, flops=_none),
+    "sort": Primitive(kind="sort", rule=dim_rules.along("dimension"), flops=_sort_flops),
+    "top_k": Primitive(kind="sort", rule=dim_rules.top, flops=_per_operand),
+    "dot_general": Primitive(kind="matmul", rule=dim_rules.dot, flops=_dot_flops),
+    "conv_general_dilated": Primitive(kind="convolution", rule=dim_rules.convolution, flops=_convolution_flops),
+    "gather": Primitive(kind="gather", rule=dim_rules.gather, flops=_none),
     **_all("scatter-add scatter_add scatter-sub", _SCATTER),
     **_all("scatter scatter-mul scatter-min scatter-max scatter_mul scatter_min scatter_max", _SCATTER_OVER),
     "broadcast_in_dim": _moves(dim_rules.broadcast),
@@ -173,13 +173,13 @@ _KNOWN: dict[str, Behaviour] = {
     **_all("reshape squeeze expand_dims", _moves(dim_rules.reshape, alias=True)),
     "rev": _moves(dim_rules.reverse),
     "concatenate": _moves(dim_rules.concatenate),
-    "stack": Behaviour(kind="move", rule=dim_rules.stack, flops=_none),  # written down: XLA:CPU computes nothing inside it
+    "stack": Primitive(kind="move", rule=dim_rules.stack, flops=_none),  # written down: XLA:CPU computes nothing inside it
     "unstack": _moves(dim_rules.unstack),
     "pad": _moves(dim_rules.pad),
     **_all("slice split dynamic_slice tile", _moves(dim_rules.crop)),
-    "dynamic_update_slice": Behaviour(kind="move", rule=dim_rules.update, flops=_none),
+    "dynamic_update_slice": Primitive(kind="move", rule=dim_rules.update, flops=_none),
     "iota": _moves(dim_rules.free),
     "empty": _moves(dim_rules.free),
-    **_all("random_bits rng_bit_generator rng_uniform random_gamma", Behaviour(kind="random", rule=dim_rules.free, flops=_random_flops)),
+    **_all("random_bits rng_bit_generator rng_uniform random_gamma", Primitive(kind="random", rule=dim_rules.free, flops=_random_flops)),
     **_all("random_wrap random_unwrap random_seed random_split random_fold_in random_clone", _KEY),
 }

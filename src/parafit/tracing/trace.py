@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr
 from parafit.errors import ModelError
 from parafit.planner.program import Program, told_apart
 from parafit.tracing.describe import describe
-from parafit.tracing.graph import Leaf, Walk
+from parafit.tracing.graph import Graph, Leaf
 
 Stored = Callable[[Program, ClosedJaxpr, Sequence[Leaf], Sequence[Leaf]], Program]
 """From a program, its trace, and the leaves of arguments and results, to the program with what a compiler stores."""
@@ -113,7 +113,7 @@ def trace(
         raise _untraceable(error, name) from error
     named = _named(leaves)
     held = [named[id(leaf)] for leaf in results]
-    program = describe(Walk(closed, list(named.values()), held), name, like)
+    program = describe(Graph(closed, list(named.values()), held), name, like)
     return stored(program, closed, list(named.values()), held) if stored else program
 
 

@@ -1,4 +1,4 @@
-"""The arrays that XLA:CPU makes of a step, from a walk over it, and what it takes together. Plain Python.
+"""The arrays that XLA:CPU makes of a step, from a graph of it, and what it takes together. Plain Python.
 
 Read from the programs that XLA makes (JAX 0.10.2; read again in 0.11 and 0.12, `support/versions.py`):
 - what is written down twice is computed once; smaller operands are broadcast by operations of their own;
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from parafit.tracing.graph import Record, Value, Walk
+from parafit.tracing.graph import Graph, Record, Value
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -19,7 +19,7 @@ class Array:
     """An array, or for a leaf of the step what is given.
 
     Attributes:
-        value: it in the walk.
+        value: it in the graph.
         bytes: of the whole.
         record: the operation that makes it; None of a leaf.
         reads: what it is made from.
@@ -79,9 +79,9 @@ _NOTHING = Value(shape=(), itemsize=0, dims=[])
 """What a loop gives by itself: its results are arrays of their own."""
 
 
-def arrays_of(walk: Walk) -> tuple[list[Array], list[Array]]:
-    """All arrays of a walk in the order they are written down, its leaves first, and those that it returns."""
-    builder = _Builder(walk)
+def arrays_of(graph: Graph) -> tuple[list[Array], list[Array]]:
+    """All arrays of a graph in the order they are written down, its leaves first, and those that it returns."""
+    builder = _Builder(graph)
     for array in builder.arrays:
         if array.primitive in _SUMS and array.call is None and _in_library(array):
             _call(array)
@@ -91,17 +91,17 @@ def arrays_of(walk: Walk) -> tuple[list[Array], list[Array]]:
 class _Builder:
     """Writes arrays down, record after record."""
 
-    def __init__(self, walk: Walk):
+    def __init__(self, graph: Graph):
         self.arrays: list[Array] = []
         self.known: dict[int, Array] = {}
         self.copies: dict[tuple[int, tuple[int, ...]], Array] = {}
         self.loops: dict[int, Array] = {}
         self.once: dict[tuple, Array] = {}
-        for value in walk.arguments:
+        for value in graph.arguments:
             self.known[id(value)] = self._add(_leaf(value))
-        for record in walk.records:
+        for record in graph.records:
             self._record(record)
-        self.results = [self.find(value) for _, value in walk.results]
+        self.results = [self.find(value) for _, value in graph.results]
         for array in self.results:
             array.kept = True
 

@@ -20,14 +20,14 @@ from typing import Any
 
 from parafit.backends.cpu.arrays import Array
 from parafit.planner.program import Buffer, Program
-from parafit.tracing.graph import Record, Value, Walk
+from parafit.tracing.graph import Graph, Record, Value
 
 
-def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequence[Array], *, frugal: bool) -> tuple[Buffer, ...]:
+def buffers(graph: Graph, program: Program, arrays: Sequence[Array], results: Sequence[Array], *, frugal: bool) -> tuple[Buffer, ...]:
     """The memory that a step needs beside its state.
 
     Args:
-        walk: over the step as the compiler is given it, with phases, owners and places of results filled in.
+        graph: over the step as the compiler is given it, with phases, owners and places of results filled in.
         program: the same step, for the names of its dims.
         arrays, results: what the compiler makes of it (`arrays_of`).
         frugal: whether the compiler orders the step so that little is held (`parafit.backends.cpu.options.saves_memory`).
@@ -37,13 +37,13 @@ def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequ
     _set_paths(kernels.values())
     needs = _from_results(_needs(kernels), [kernels[id(array)] for array in results if id(array) in kernels])
     names = {
-        walk.dims.major(dim): name for value in walk.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
+        graph.dims.major(dim): name for value in graph.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
     }
     return tuple(
         Buffer(
             part=_part(held.value),
             bytes=held.bytes,
-            dims=tuple(names[factor] for factor in map(walk.dims.major, held.value.dims) if factor in names),
+            dims=tuple(names[factor] for factor in map(graph.dims.major, held.value.dims) if factor in names),
             first=held.first,
             last=held.last,
         )
@@ -51,10 +51,10 @@ def buffers(walk: Walk, program: Program, arrays: Sequence[Array], results: Sequ
     )
 
 
-def dim_names(walk: Walk, program: Program) -> dict[Any, str]:
-    """The program's names of the dims of a walk over the same step, as far as its arguments have them."""
+def dim_names(graph: Graph, program: Program) -> dict[Any, str]:
+    """The program's names of the dims of a graph of the same step, as far as its arguments have them."""
     return {
-        walk.dims.major(dim): name for value in walk.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
+        graph.dims.major(dim): name for value in graph.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
     }
 
 
@@ -238,7 +238,7 @@ def _held(kernels: dict[int, _Kernel], needs: _Needs, in_sequence: bool) -> "lis
 def _most(held: "list[_Held]") -> int:
     """Bytes at the fullest moment."""
     changes = sorted(change for each in held for change in ((each.first, each.bytes), (each.last + 1, -each.bytes)))
-    return max(itertools.accumulate((bytes_ for _, bytes_ in changes), initial=0))
+    return max(itertools.accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
 # Memory -------------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from parafit.backends.cpu.options import saves_memory
 from parafit.backends.cpu.rewrite import rewrite_jaxpr
 from parafit.planner.program import Operation, Program, Tensor
 from parafit.tracing.describe import attribute
-from parafit.tracing.graph import Leaf, Walk
+from parafit.tracing.graph import Graph, Leaf
 
 
 def stored(
@@ -31,25 +31,25 @@ def stored(
         results: for the last of what it returns, the argument each replaces.
         lower: what becomes of the step before it is compiled.
     """
-    walk = Walk(lower(closed), leaves, results)
-    attribute(walk)
-    arrays, returned = arrays_of(walk)
-    return replace(_with_copies(program, walk, arrays), buffers=buffers(walk, program, arrays, returned, frugal=saves_memory(closed)))
+    graph = Graph(lower(closed), leaves, results)
+    attribute(graph)
+    arrays, returned = arrays_of(graph)
+    return replace(_with_copies(program, graph, arrays), buffers=buffers(graph, program, arrays, returned, frugal=saves_memory(closed)))
 
 
-def _with_copies(program: Program, walk: Walk, arrays: Sequence[Array]) -> Program:
+def _with_copies(program: Program, graph: Graph, arrays: Sequence[Array]) -> Program:
     """A program with the copies among its operations.
 
     Args:
         program: a step.
-        walk: over the same step as the compiler is given it.
+        graph: over the same step as the compiler is given it.
         arrays: what the compiler makes of it.
     """
-    names = dim_names(walk, program)
+    names = dim_names(graph, program)
     operations, tensors = [], {}
     for number, array in enumerate(array for array in arrays if array.primitive == "transpose" and array.record is not None):
         assert array.record is not None
-        dims = tuple(names.get(factor, "") for factor in map(walk.dims.major, array.value.dims))
+        dims = tuple(names.get(factor, "") for factor in map(graph.dims.major, array.value.dims))
         name = f"{array.record.layer}/transposed/{number}".lstrip("/")
         tensors[name] = Tensor(name=name, shape=array.value.shape, dims=dims, itemsize=array.value.itemsize)
         phase, steps = array.record.phase or "forward", array.record.steps

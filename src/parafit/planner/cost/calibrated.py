@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from parafit.planner.machine.machine import Device
-from parafit.planner.partition import Share, Shares
+from parafit.planner.partition import Partition, Share
 from parafit.planner.program import Operation, Program, Tensor
 
 _NEAR_BYTES = 1 << 20
@@ -22,14 +22,14 @@ class Measured:
 
     Args:
         program: what is computed.
-        shares: what of it a device does.
+        partition: what of it a device does.
         device: one whose `curves` were measured.
         precision: of products.
         reach_bytes: gives all that a step touches: what is used once a step comes from as far as that reaches.
     """
 
-    def __init__(self, program: Program, shares: Shares, device: Device, precision: str, reach_bytes: Callable[[], float]):
-        self.program, self.shares, self.device = program, shares, device
+    def __init__(self, program: Program, partition: Partition, device: Device, precision: str, reach_bytes: Callable[[], float]):
+        self.program, self.partition, self.device = program, partition, device
         self.precision, self.reach_bytes = precision, reach_bytes
 
     def operation_seconds(self, operation: Operation, share: Share) -> float:
@@ -43,7 +43,7 @@ class Measured:
             return self.product_seconds(operation, share) + missing
         return max(self.device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share)) + missing
 
-    def stacking_seconds(self, operation: Operation, bytes_: float) -> float:
+    def stacking_seconds(self, operation: Operation, nbytes: float) -> float:
         """Slices of arrays that hold something of all steps of a loop: each that is written is a copy of its own, and of each that is
         read what it waits for, if all that the step touches lies far."""
         if operation.steps == 1 or "stack" not in self.device.curves:
@@ -51,8 +51,8 @@ class Measured:
         seconds = 0.0
         for names, written in ((operation.inputs, False), (operation.outputs, True)):
             for name in names:
-                whole = self.shares.local_bytes(self.program.tensors[name])
-                if whole > bytes_:  # more than an operation touches at one step
+                whole = self.partition.local_bytes(self.program.tensors[name])
+                if whole > nbytes:  # more than an operation touches at one step
                     near, far = (self.device.curve_seconds(kind, 2 * whole / operation.steps) for kind in ("stack_near", "stack"))
                     seconds += written * near + max(0.0, far - near) * self.farness
         return seconds
@@ -75,14 +75,14 @@ class Measured:
 
     def product_of(self, result: Tensor, flops: float) -> tuple[float, ...]:
         """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last."""
-        size = self.shares.local_bytes(result) / result.itemsize
-        columns = result.shape[-1] * self.shares.fraction(result.dims[-1:])
+        size = self.partition.local_bytes(result) / result.itemsize
+        columns = result.shape[-1] * self.partition.fraction(result.dims[-1:])
         return 1, size / columns, max(1.0, flops / 2 / size), columns
 
-    def missing_seconds(self, operation: Operation, bytes_: float) -> float:
+    def missing_seconds(self, operation: Operation, nbytes: float) -> float:
         """What it waits for arrays that were last touched so long ago that nearer memory has lost them, beyond the rate at which an
         operation of its size works."""
-        near = self.byte_seconds(bytes_)
+        near = self.byte_seconds(nbytes)
         return sum(moved * max(0.0, self.byte_seconds(distance) - near) for moved, distance in self.distances.get(id(operation), ()))
 
     def byte_seconds(self, reach: float) -> float:
@@ -104,7 +104,7 @@ class Measured:
         found: dict[int, list[tuple[float, float]]] = {}
         for _ in range(2):  # parameters were last used in the step before
             for operation in operations:
-                sizes = {name: self.shares.local_bytes(self.program.tensors[name]) for name in (*operation.inputs, *operation.outputs)}
+                sizes = {name: self.partition.local_bytes(self.program.tensors[name]) for name in (*operation.inputs, *operation.outputs)}
                 found[id(operation)] = [(sizes[name], clock - used.get(name, clock)) for name in operation.inputs]
                 kept |= {name: clock - written[name] for name in operation.inputs if name in written}
                 clock += operation.count * sum(sizes.values())
@@ -112,7 +112,7 @@ class Measured:
                 written |= dict.fromkeys(operation.outputs, clock)
         for operation in operations:
             found[id(operation)] += [
-                (2 * self.shares.local_bytes(self.program.tensors[name]), kept[name]) for name in operation.outputs if name in kept
+                (2 * self.partition.local_bytes(self.program.tensors[name]), kept[name]) for name in operation.outputs if name in kept
             ]
         whole = self.reach_bytes()
         return {key: [(moved, min(distance, whole)) for moved, distance in each] for key, each in found.items()}
@@ -125,18 +125,18 @@ class Measured:
         counts = {"arithmetic": operation.flops - operation.functions, "function": operation.functions}
         return sum(self.device.curve_seconds(kind, count * part) for kind, count in counts.items() if count)
 
-    def gathering_seconds(self, operation: Operation, bytes_: float) -> float:
+    def gathering_seconds(self, operation: Operation, nbytes: float) -> float:
         """Rows of a small table, and how much longer those of one that reaches as far as this one take: a probe with a table of this
         size moves half as much."""
-        reach = max(self.shares.local_bytes(self.program.tensors[operation.inputs[0]]) / 2, 1.0)
+        reach = max(self.partition.local_bytes(self.program.tensors[operation.inputs[0]]) / 2, 1.0)
         near = "gather_near" if "gather_near" in self.device.curves else "gather"
         slower = self.device.curve_seconds("gather", reach) / self.device.curve_seconds(near, reach)
-        return self.device.curve_seconds(near, bytes_) * max(1.0, slower)
+        return self.device.curve_seconds(near, nbytes) * max(1.0, slower)
 
-    def far_seconds(self, kind: str, bytes_: float) -> float:
+    def far_seconds(self, kind: str, nbytes: float) -> float:
         """Bytes that were last touched a whole step ago."""
-        reach = max(self.reach_bytes(), bytes_)
-        return self.device.curve_seconds(kind, reach) * bytes_ / reach
+        reach = max(self.reach_bytes(), nbytes)
+        return self.device.curve_seconds(kind, reach) * nbytes / reach
 
     def starting_seconds(self) -> float:
         """Starting all operations of a step: each takes longer in a long program, whose operations run in any order, than in a short
@@ -147,12 +147,12 @@ class Measured:
         for operation in self.program.operations:
             counts[operation.steps] += operation.count
         each = {steps: self.device.curve_seconds("operation", count) for steps, count in counts.items()}
-        return self.shares.turns * sum(steps * seconds for steps, seconds in each.items())
+        return self.partition.turns * sum(steps * seconds for steps, seconds in each.items())
 
     def feed_seconds(self, steps_per_dispatch: int) -> float:
         """A batch is copied out of its block; the host gathers the next with one of the cores that the device computes with."""
         if not self.device.feed_bytes_per_second:
             return 0.0
-        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in self.program.of_role("input"))
-        copied = self.device.curve_seconds("slice", 2 * bytes_) if steps_per_dispatch > 1 else 0.0
-        return bytes_ / self.device.feed_bytes_per_second / max(1, self.device.cores) + copied
+        nbytes = sum(self.partition.local_bytes(tensor) for tensor in self.program.of_role("input"))
+        copied = self.device.curve_seconds("slice", 2 * nbytes) if steps_per_dispatch > 1 else 0.0
+        return nbytes / self.device.feed_bytes_per_second / max(1, self.device.cores) + copied

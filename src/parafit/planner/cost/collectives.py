@@ -60,12 +60,12 @@ def _worst(size: int, stride: int, total: int, devices_per_host: int) -> tuple[i
     return max(found, key=lambda pair: (pair[1], -pair[0]))
 
 
-def seconds(kind: str, bytes_: float, group: Group, machine: Machine) -> float:
+def seconds(kind: str, nbytes: float, group: Group, machine: Machine) -> float:
     """Seconds that a collective takes.
 
     Args:
         kind: one of `KINDS`.
-        bytes_: of the whole vector: what each device holds before an all-reduce or a reduce-scatter, and after an all-gather.
+        nbytes: of the whole vector: what each device holds before an all-reduce or a reduce-scatter, and after an all-gather.
         group: who takes part.
         machine: with the links.
 
@@ -78,7 +78,7 @@ def seconds(kind: str, bytes_: float, group: Group, machine: Machine) -> float:
     if group.size <= 1:
         return 0.0
     latency, rate = _price(kind, group, machine)
-    return latency + bytes_ / rate
+    return latency + nbytes / rate
 
 
 def _price(kind: str, group: Group, machine: Machine) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, boundary, peak, recomputed
 from parafit.planner.layout import Piece
 from parafit.planner.machine.machine import Machine
-from parafit.planner.partition import Exchange, Shares
+from parafit.planner.partition import Exchange, Partition
 from parafit.planner.plan import Plan
 from parafit.planner.program import Operation, Program
 
@@ -89,22 +89,22 @@ def price(program: Program, plan: Plan, machine: Machine, *, software: Software 
     >>> abs(sum(cost.times.values()) - cost.seconds) < 1e-12
     True
     """
-    return Pricing(program, plan, machine, software or Software()).cost()
+    return Estimator(program, plan, machine, software or Software()).cost()
 
 
-class Pricing:
+class Estimator:
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()):
         program = (plan.recompute == "blocks" and program.recomputed) or program
         self.program, self.plan, self.machine, self.software = program, plan, machine, software
-        self.shares = Shares(program, plan, cut, flat_state=software.flat_state)
+        self.partition = Partition(program, plan, cut, flat_state=software.flat_state)
         self.precision = software.precision or plan.precision
         self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
         self.places = _places(program)
         self.stages = plan.axes.get("pipeline", 1)
         self.blocks = max((operation.count for operation in program.operations), default=1)
-        measured = Measured(program, self.shares, machine.device, self.precision, lambda: self.reach_bytes)
+        measured = Measured(program, self.partition, machine.device, self.precision, lambda: self.reach_bytes)
         self.measured = measured if machine.device.curves else None
 
     @cached_property
@@ -139,7 +139,7 @@ class Pricing:
         for operation, at in zip(self.program.operations, self.places):
             if at != place or operation.phase == "update":
                 continue
-            share = self.shares.of(operation)
+            share = self.partition.of(operation)
             part = {operation.label: self.operation_seconds(operation, share) * operation.steps}
             host = self.software.launch_seconds
             for exchange in share.exchanges:
@@ -179,7 +179,7 @@ class Pricing:
 
     def exposed(self, exchange: Exchange, beside: float) -> float:
         """Seconds of a collective that nothing hides, where so many seconds of computation run beside it."""
-        taken = seconds(exchange.kind, exchange.bytes, self.shares.group(exchange.axis), self.machine)
+        taken = seconds(exchange.kind, exchange.bytes, self.partition.group(exchange.axis), self.machine)
         copied = self.software.overlap_tensor == "all"
         return max(0.0, taken - beside) if copied or not beside else self.hidden(taken, 0.0, beside, exchange.axis)
 
@@ -192,7 +192,7 @@ class Pricing:
 
     def pipelined(self, parts: dict[str, dict[str, float]]) -> dict[str, float]:
         """Seconds of all microbatches on the busiest stage, what it sends, and the time it waits."""
-        count = self.shares.rounds
+        count = self.partition.rounds
         hops = self.hops()
         stages = self.stage_times(parts, hops)
         busiest = max(stages, key=lambda times: sum(times.values()))
@@ -216,7 +216,7 @@ class Pricing:
     def hops(self) -> list[float]:
         """Seconds to hand one microbatch over each boundary between stages, and its gradient back: in a host, or between hosts where one
         ends there (the chunks of an interleaved schedule go round, so that every stage waits for the slowest)."""
-        inside = max(1, self.machine.devices_per_host // self.shares.group("pipeline").stride) if self.stages > 1 else 1
+        inside = max(1, self.machine.devices_per_host // self.partition.group("pipeline").stride) if self.stages > 1 else 1
         round_trip = self.plan.interleave > 1 and self.stages > inside
         across = [round_trip or (index + 1) % inside == 0 for index in range(self.stages - 1)]
         one = {kind: 2 * self.plan.interleave * self.send_seconds(kind) for kind in set(across)}
@@ -240,22 +240,22 @@ class Pricing:
 
     def send_seconds(self, across: bool) -> float:
         """One activation from one stage to the next, in a host or to another."""
-        bytes_ = sum(self.shares.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
+        nbytes = sum(self.partition.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
         tensor = self.plan.axes.get("tensor", 1)
         if self.software.send_split and not any(self.plan.compute.get(dim) == "tensor" for dim in ("sequence",)):
-            bytes_ /= tensor
-        return seconds(SEND, bytes_, self.shares.group("pipeline") if across else Group(2), self.machine)
+            nbytes /= tensor
+        return seconds(SEND, nbytes, self.partition.group("pipeline") if across else Group(2), self.machine)
 
     def updated(self) -> dict[str, float]:
         """The optimiser's pass over the state of the fullest stage."""
         device, total = self.machine.device, 0.0
         for operation in self.program.operations:
             if operation.phase == "update":
-                share = self.shares.of(operation)
+                share = self.partition.of(operation)
                 slots = [self.program.tensors[name] for name in operation.inputs if self.program.tensors[name].role == "slot"]
-                split = min((self.shares.stored_bytes(slot) / self.shares.local_bytes(slot) for slot in slots), default=1.0)
-                bytes_ = share.bytes * split * self.software.update_passes
-                once = self.measured.far_seconds("update", bytes_) if self.measured else bytes_ / self.rate + device.operation_seconds
+                split = min((self.partition.stored_bytes(slot) / self.partition.local_bytes(slot) for slot in slots), default=1.0)
+                nbytes = share.bytes * split * self.software.update_passes
+                once = self.measured.far_seconds("update", nbytes) if self.measured else nbytes / self.rate + device.operation_seconds
                 total += once * self.copies(operation.count)
         return {"update": total}
 
@@ -267,64 +267,64 @@ class Pricing:
         sums: dict[str, float] = {}
         for operation, place in zip(self.program.operations, self.places):
             if operation.phase == "backward" and (place != "first" or self.stages == 1):
-                for exchange in self.shares.of(operation).exchanges:
+                for exchange in self.partition.of(operation).exchanges:
                     if exchange.tensor.role == "gradient":
-                        bytes_ = exchange.bytes * operation.steps * self.copies(operation.count)
-                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + bytes_
-        return {f"gradients {axis}": self.gradient_seconds(axis, bytes_, times) for axis, bytes_ in sums.items()}
+                        nbytes = exchange.bytes * operation.steps * self.copies(operation.count)
+                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + nbytes
+        return {f"gradients {axis}": self.gradient_seconds(axis, nbytes, times) for axis, nbytes in sums.items()}
 
-    def gradient_seconds(self, axis: str, bytes_: float, times: Mapping[str, float]) -> float:
+    def gradient_seconds(self, axis: str, nbytes: float, times: Mapping[str, float]) -> float:
         """Exposed seconds of reducing all gradients along an axis."""
         summed = self.stages > 1 or self.software.sums_microbatches
         each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
-        rounds = self.shares.turns if each_time else 1
-        buckets = self.buckets(bytes_)
-        one = self.state_seconds(axis, bytes_ / buckets)
+        rounds = self.partition.turns if each_time else 1
+        buckets = self.buckets(nbytes)
+        one = self.state_seconds(axis, nbytes / buckets)
         if self.software.overlap_gradients and axis == "data":
-            beside = _sum(times, "backward") / self.shares.turns * rounds
+            beside = _sum(times, "backward") / self.partition.turns * rounds
             return self.hidden(one * buckets * rounds, one * rounds, beside * (1 - 1 / buckets), axis)
         return one * buckets * rounds
 
-    def buckets(self, bytes_: float) -> int:
+    def buckets(self, nbytes: float) -> int:
         """Parts in which gradients are reduced or parameters gathered."""
         if self.software.bucket_bytes:
-            return max(1, math.ceil(bytes_ / self.software.bucket_bytes))
+            return max(1, math.ceil(nbytes / self.software.bucket_bytes))
         return self.copies(self.blocks)
 
-    def state_seconds(self, axis: str, bytes_: float) -> float:
+    def state_seconds(self, axis: str, nbytes: float) -> float:
         """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them."""
-        group = self.shares.group(axis)
+        group = self.partition.group(axis)
         if axis not in self.plan.store.values() or self.software.reduces_whole:
-            return seconds(ALL_REDUCE, bytes_, group, self.machine)
-        shards = self.shares.shards(axis)
+            return seconds(ALL_REDUCE, nbytes, group, self.machine)
+        shards = self.partition.shards(axis)
         across = Group(group.size // shards, group.stride * shards)
-        scattered = seconds(REDUCE_SCATTER, bytes_, Group(shards, group.stride), self.machine)
-        return scattered + seconds(ALL_REDUCE, bytes_ / shards, across, self.machine)
+        scattered = seconds(REDUCE_SCATTER, nbytes, Group(shards, group.stride), self.machine)
+        return scattered + seconds(ALL_REDUCE, nbytes / shards, across, self.machine)
 
     def gathered(self, times: Mapping[str, float]) -> dict[str, float]:
         """Parameters that rest split: gathered after the update (ZeRO 1 and 2), or before each use (ZeRO 3)."""
         axis = self.plan.store.get("slot")
         if not axis:
             return {}
-        parameters = [tensor for tensor in self.program.of_role("parameter") if self.shares.stored_parts(tensor, "slot") > 1]
-        bytes_ = sum(self.shares.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
-        group = Group(self.shares.shards(axis), self.shares.group(axis).stride)
+        parameters = [tensor for tensor in self.program.of_role("parameter") if self.partition.stored_parts(tensor, "slot") > 1]
+        nbytes = sum(self.partition.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
+        group = Group(self.partition.shards(axis), self.partition.group(axis).stride)
         if self.plan.zero_stage < 3:
-            buckets = self.buckets(bytes_)
-            return {f"parameters {axis}": seconds(ALL_GATHER, bytes_ / buckets, group, self.machine) * buckets}
+            buckets = self.buckets(nbytes)
+            return {f"parameters {axis}": seconds(ALL_GATHER, nbytes / buckets, group, self.machine) * buckets}
         blocks = self.copies(self.blocks)
-        one = seconds(ALL_GATHER, bytes_ / blocks, group, self.machine)
+        one = seconds(ALL_GATHER, nbytes / blocks, group, self.machine)
         return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
 
     def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
-        count = self.shares.turns
+        count = self.partition.turns
         whole = one * blocks * count
         return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
 
     def hidden(self, taken: float, least: float, beside: float, axis: str) -> float:
         """What is left of a collective that runs beside computation: its first or last part, what outlasts the computation, and the
         processor time that it takes from it."""
-        inside, hosts = self.shares.group(axis).split(self.machine.devices_per_host)
+        inside, hosts = self.partition.group(axis).split(self.machine.devices_per_host)
         share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))
         left = max(least, taken - beside)
         return left + (taken - left) * share
@@ -332,7 +332,8 @@ class Pricing:
     def memory(self) -> dict[str, float]:
         """Bytes by part of the fullest stage."""
         found = [
-            peak(self.program, self.shares.fullest, stage, reserved_bytes=self.machine.device.context_bytes) for stage in self.stage_parts()
+            peak(self.program, self.partition.fullest, stage, reserved_bytes=self.machine.device.context_bytes)
+            for stage in self.stage_parts()
         ]
         parts = max(found, key=lambda part: sum(part.values()))
         parts["communication"] = self.buffer_bytes()
@@ -354,7 +355,7 @@ class Pricing:
         placed = [(operation, place) for operation, place in zip(self.program.operations, self.places) if operation.phase != "update"]
         ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
         first, middle, last = self.counts
-        most = min(self.shares.turns, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
+        most = min(self.partition.turns, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
         shares = [count / self.blocks - 1e-9 for count in (max(first, middle), last)]  # whole numbers of blocks stay whole
         return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (most, 1))]
 
@@ -363,7 +364,7 @@ class Pricing:
         if self.plan.zero_stage < 3:
             return 0.0
         block = [tensor for tensor in self.program.of_role("parameter") if tensor.count > 1 or self.blocks == 1]
-        gathered = sum(self.shares.local_bytes(tensor) for tensor in block)
+        gathered = sum(self.partition.local_bytes(tensor) for tensor in block)
         return (3 if self.software.prefetch else 2) * gathered
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parafit.planner.partition import Shares
+from parafit.planner.partition import Partition
 from parafit.planner.plan import Plan
 from parafit.planner.program import BUFFERED, Operation, Program, Tensor
 
@@ -31,12 +31,12 @@ class Stage:
     in_flight: float
 
 
-def peak(program: Program, shares: Shares, stage: Stage, *, reserved_bytes: float = 0.0) -> dict[str, float]:
+def peak(program: Program, partition: Partition, stage: Stage, *, reserved_bytes: float = 0.0) -> dict[str, float]:
     """Bytes of each kind at the fullest moment of a stage, without communication buffers.
 
     Args:
         program: what is computed.
-        shares: who holds which part.
+        partition: who holds which part.
         stage: which part of the program.
         reserved_bytes: what the runtime takes.
 
@@ -47,13 +47,13 @@ def peak(program: Program, shares: Shares, stage: Stage, *, reserved_bytes: floa
     parts: dict[str, float] = dict.fromkeys(("parameters", "slots", "state", *BUFFERED), 0.0)
     for tensor in _held(program, stage):
         name = {"parameter": "parameters", "gradient": "gradients", "slot": "slots"}.get(tensor.role, "state")
-        parts[name] += shares.stored_bytes(tensor) * _copies(tensor, stage)
-    if is_compiled(program, shares.plan):
-        summed = parts["gradients"] if shares.plan.microbatches > 1 else 0.0
-        parts |= _fullest(program, shares)
+        parts[name] += partition.stored_bytes(tensor) * _copies(tensor, stage)
+    if is_compiled(program, partition.plan):
+        summed = parts["gradients"] if partition.plan.microbatches > 1 else 0.0
+        parts |= _fullest(program, partition)
         parts["gradients"] += summed
     else:
-        kept, moments = _live(program, shares, stage)
+        kept, moments = _live(program, partition, stage)
         parts["activations"], parts["temporaries"] = kept * stage.in_flight, moments
     return parts | {"context": reserved_bytes}
 
@@ -63,12 +63,12 @@ def is_compiled(program: Program, plan: Plan) -> bool:
     return bool(program.buffers) and plan.axes.get("pipeline", 1) == 1
 
 
-def _fullest(program: Program, shares: Shares) -> dict[str, float]:
+def _fullest(program: Program, partition: Partition) -> dict[str, float]:
     """Bytes of each part of the buffers at the moment when they are most together."""
     changes: dict[int, dict[str, float]] = {}
     for buffer in program.buffers:
-        bytes_ = buffer.bytes * shares.fraction(buffer.dims)
-        for moment, change in ((buffer.first, bytes_), (buffer.last + 1, -bytes_)):
+        nbytes = buffer.bytes * partition.fraction(buffer.dims)
+        for moment, change in ((buffer.first, nbytes), (buffer.last + 1, -nbytes)):
             parts = changes.setdefault(moment, dict.fromkeys(BUFFERED, 0.0))
             parts[buffer.part] += change
     best: dict[str, float] = dict.fromkeys(BUFFERED, 0.0)
@@ -109,7 +109,7 @@ _SAVING = 0.95
 def _moving(program: Program) -> dict[str, float]:
     """What one device holds beside the state at the fullest moment of a step over the whole batch."""
     operations = [operation for operation in program.operations if operation.phase != "update"]
-    found = peak(program, Shares(program, Plan()), Stage(operations=operations, block_share=1.0, in_flight=1))
+    found = peak(program, Partition(program, Plan()), Stage(operations=operations, block_share=1.0, in_flight=1))
     return {part: found[part] for part in BUFFERED}
 
 
@@ -140,23 +140,23 @@ def _copies(tensor: Tensor, stage: Stage) -> int:
     return math.ceil(tensor.count * stage.block_share) if tensor.count > 1 else 1
 
 
-def _live(program: Program, shares: Shares, stage: Stage) -> tuple[float, float]:
+def _live(program: Program, partition: Partition, stage: Stage) -> tuple[float, float]:
     """Bytes of kept activations of one microbatch, and of what lives beside them, at the fullest moment."""
-    recompute = shares.plan.recompute == "blocks"
+    recompute = partition.plan.recompute == "blocks"
     passed = {tensor.name for tensor in boundary(program, stage.operations)}
     firsts, lasts, kept = _lives(program, stage.operations)
     changes: dict[int, float] = {}
     kept_changes: dict[int, float] = {}
     turn = next((index for index, operation in enumerate(stage.operations) if operation.phase == "backward" and operation.count > 1), 0)
     for name, first in firsts.items():
-        tensor, bytes_ = program.tensors[name], shares.local_bytes(program.tensors[name])
+        tensor, nbytes = program.tensors[name], partition.local_bytes(program.tensors[name])
         if name in kept and (tensor.count == 1 or not recompute or name in passed):
-            _add(kept_changes, first, lasts[name], bytes_ * _copies(tensor, stage))
+            _add(kept_changes, first, lasts[name], nbytes * _copies(tensor, stage))
         elif name in kept:
-            _add(changes, first, first + 1, bytes_)
-            _add(changes, turn, lasts[name], bytes_)
+            _add(changes, first, first + 1, nbytes)
+            _add(changes, turn, lasts[name], nbytes)
         else:
-            _add(changes, first, lasts[name], bytes_)
+            _add(changes, first, lasts[name], nbytes)
     return _highest(kept_changes, changes)
 
 
@@ -178,9 +178,9 @@ def _lives(program: Program, operations: Sequence[Operation]) -> tuple[dict[str,
     return firsts, lasts, kept
 
 
-def _add(changes: dict[int, float], first: int, last: int, bytes_: float) -> None:
-    changes[first] = changes.get(first, 0.0) + bytes_
-    changes[last + 1] = changes.get(last + 1, 0.0) - bytes_
+def _add(changes: dict[int, float], first: int, last: int, nbytes: float) -> None:
+    changes[first] = changes.get(first, 0.0) + nbytes
+    changes[last + 1] = changes.get(last + 1, 0.0) - nbytes
 
 
 def _highest(kept: dict[int, float], other: dict[int, float]) -> tuple[float, float]:

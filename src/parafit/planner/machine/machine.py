@@ -99,7 +99,7 @@ class Device:
     loop_seconds: float = 0.0
     feed_bytes_per_second: float = 0.0
 
-    def curve_seconds(self, kind: str, bytes_: float) -> float:
+    def curve_seconds(self, kind: str, nbytes: float) -> float:
         """Seconds of one operation of a kind that moves so many bytes, between measured ones on a straight line of logarithms.
 
         >>> curves = {"elementwise": ((1e3, 1e-7), (1e5, 1e-5), (1e7, 1e-2))}
@@ -109,12 +109,12 @@ class Device:
         """
         points = self.curves.get(kind) or self.curves["elementwise"]
         (low, least), (high, most) = points[0], points[-1]
-        if bytes_ <= low:
+        if nbytes <= low:
             return least
-        if bytes_ >= high:
-            return most * bytes_ / high
-        before, after = next((one, other) for one, other in itertools.pairwise(points) if bytes_ <= other[0])
-        weight = math.log(bytes_ / before[0]) / math.log(after[0] / before[0])
+        if nbytes >= high:
+            return most * nbytes / high
+        before, after = next((one, other) for one, other in itertools.pairwise(points) if nbytes <= other[0])
+        weight = math.log(nbytes / before[0]) / math.log(after[0] / before[0])
         return before[1] * (after[1] / before[1]) ** weight
 
     def matmul_seconds(self, precision: str, shape: tuple[float, ...], form: str = "") -> float:

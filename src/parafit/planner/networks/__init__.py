@@ -245,8 +245,8 @@ class _Net:
     def accumulate(self, name: str, kernel: str) -> Operation:
         """The product is added to the gradient: read it, read and write the sum."""
         size = self.tensors[kernel].size
-        bytes_ = size * (self.shape.itemsize + 2 * self.shape.gradient_itemsize)
-        return self.operation(name, "elementwise", "backward", (_d(kernel),), (_d(kernel),), bytes=float(bytes_))
+        nbytes = size * (self.shape.itemsize + 2 * self.shape.gradient_itemsize)
+        return self.operation(name, "elementwise", "backward", (_d(kernel),), (_d(kernel),), bytes=float(nbytes))
 
     def elementwise(
         self, name: str, inputs, out: str, *, kept=None, mask: str = "", passes: float = 1.0, kind: str = "elementwise"

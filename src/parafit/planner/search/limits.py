@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from parafit.planner.cost.cost import Pricing
+from parafit.planner.cost.cost import Estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import Piece, kernel_dims, undivided
 from parafit.planner.plan import AXES, Plan
@@ -43,7 +43,9 @@ def _batch(candidates: Candidates, software: Software, plan: Plan, seconds: floa
         plan, axes={axis: each for axis, each in axes.items() if each > 1}, compute={AXES["data"]: "data", **plan.compute}, store_group=0
     )
     rows = batch / plan.microbatches
-    even = Pricing(candidates.program, wider, candidates.machine, software, cut=(Piece(count=plan.microbatches, rows=rows, devices=most),))
+    even = Estimator(
+        candidates.program, wider, candidates.machine, software, cut=(Piece(count=plan.microbatches, rows=rows, devices=most),)
+    )
     faster = even.cost().seconds
     step = most * plan.microbatches
     if batch % step == 0 or faster >= seconds:

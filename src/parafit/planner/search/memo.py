@@ -5,11 +5,11 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
-from parafit.planner.cost.cost import Cost, Pricing
+from parafit.planner.cost.cost import Cost, Estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, is_compiled, peak
 from parafit.planner.machine.machine import Machine
-from parafit.planner.partition import Share, Shares
+from parafit.planner.partition import Partition, Share
 from parafit.planner.plan import Plan
 from parafit.planner.program import Operation, Program
 
@@ -70,14 +70,14 @@ class Prices:
         totals = [sum(part.values()) for part in parts]
         whole = totals[0] + pricing.blocks * totals[1] + totals[2]
         longest = whole / pricing.stages
-        return longest * pricing.shares.rounds + (whole - longest) / plan.interleave
+        return longest * pricing.partition.rounds + (whole - longest) / plan.interleave
 
     def _pricing(self, plan: Plan) -> "_Remembered":
         return _Remembered(self.program, plan, self.machine, self.software, self._memo, self._traits)
 
 
-class _Remembered(Pricing):
-    """`Pricing` that looks into `memo` before it works a part out."""
+class _Remembered(Estimator):
+    """`Estimator` that looks into `memo` before it works a part out."""
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits"):
         super().__init__(program, plan, machine, software)
@@ -87,7 +87,7 @@ class _Remembered(Pricing):
         dims = tuple((dim, at) for dim, at in plan.compute.items() if dim not in ("batch", "blocks"))
         self.width = (dims, tuple(others.items()))
         self.cut_rows, self.full_rows = (
-            (self.width, each.piece.local_rows, axis if each.piece.devices > 1 else "") for each in (self.shares, self.shares.fullest)
+            (self.width, each.piece.local_rows, axis if each.piece.devices > 1 else "") for each in (self.partition, self.partition.fullest)
         )
         self.part = (self.cut_rows, self.reach(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
         self.state = (
@@ -98,11 +98,11 @@ class _Remembered(Pricing):
             self.stages,
             plan.recompute,
         )
-        self.shares = _Shares(self.program, plan, self)
+        self.partition = _Shares(self.program, plan, self)
 
     def reach(self, axis: str) -> tuple:
         """What a collective along an axis depends on."""
-        group = self.shares.group(axis)
+        group = self.partition.group(axis)
         return group.size, group.stride, group.split(self.machine.devices_per_host)
 
     def remember(self, key: Hashable, work: Callable[[], Any]) -> Any:
@@ -132,7 +132,7 @@ class _Remembered(Pricing):
 
         def work() -> dict[str, float]:
             one = Stage(operations=stage.operations, block_share=stage.block_share, in_flight=1)
-            return peak(self.program, self.shares.fullest, one, reserved_bytes=self.machine.device.context_bytes)
+            return peak(self.program, self.partition.fullest, one, reserved_bytes=self.machine.device.context_bytes)
 
         def part(key: Hashable, *names: str) -> dict[str, float]:
             return self.remember(key, lambda: {name: value for name, value in work().items() if (name in names)})
@@ -153,7 +153,7 @@ class _Remembered(Pricing):
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 
-class _Shares(Shares):
+class _Shares(Partition):
     def __init__(self, program: Program, plan: Plan, pricing: _Remembered):
         super().__init__(program, plan, flat_state=pricing.software.flat_state)
         self.pricing = pricing

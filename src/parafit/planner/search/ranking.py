@@ -74,10 +74,10 @@ class Ranking:
 
 def value(choice: Choice, goal: str) -> tuple[float, float]:
     """What a goal minimises, then what decides between equals."""
-    seconds, bytes_ = choice.cost.seconds, choice.cost.peak_bytes
+    seconds, nbytes = choice.cost.seconds, choice.cost.peak_bytes
     if goal == "memory":
-        return bytes_, seconds
-    return (seconds * choice.plan.device_count if goal == "cost" else seconds), bytes_
+        return nbytes, seconds
+    return (seconds * choice.plan.device_count if goal == "cost" else seconds), nbytes
 
 
 def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed: frozenset[str]) -> str:
@@ -101,14 +101,14 @@ def label(plan: Plan, beside: Plan | None = None) -> str:
     return shown.short() + (" +sequence" if "sequence" in techniques(plan) else "")
 
 
-def gibibytes(bytes_: float) -> str:
+def gibibytes(nbytes: float) -> str:
     """Bytes as people read them.
 
     >>> gibibytes(3 << 30), gibibytes(3 << 20)
     ('3.0 GiB', '3.0 MiB')
     """
-    power, unit = next((pair for pair in ((30, "GiB"), (20, "MiB")) if abs(bytes_) >= 2 ** pair[0]), (10, "KiB"))
-    return f"{bytes_ / 2**power:,.1f} {unit}"
+    power, unit = next((pair for pair in ((30, "GiB"), (20, "MiB")) if abs(nbytes) >= 2 ** pair[0]), (10, "KiB"))
+    return f"{nbytes / 2**power:,.1f} {unit}"
 
 
 def milliseconds(seconds: float) -> str:

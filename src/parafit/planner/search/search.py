@@ -235,7 +235,7 @@ def _nothing_fits(candidates: Candidates, prices: Prices, limit: float) -> PlanE
     return PlanError(
         f"no plan of {program.name!r} with a batch of {candidates.batch} fits into {where}. "
         f"The smallest is {smallest.plan.short()!r}, which needs {gibibytes(smallest.cost.peak_bytes)}: "
-        + ", ".join(f"{name} {gibibytes(bytes_)}" for name, bytes_ in largest)
+        + ", ".join(f"{name} {gibibytes(nbytes)}" for name, nbytes in largest)
         + ". Use more devices or devices with more memory, a smaller batch"
         + (f", or allow {', '.join(sorted(refused))}." if refused else ", or a smaller model.")
     )
