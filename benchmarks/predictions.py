@@ -32,13 +32,14 @@ from parafit.adapters.keras import KerasModel
 from parafit.calibration.calibrate import calibrate, here
 from parafit.calibration.history import Residual, correction
 from parafit.data.feed import Feed
+from parafit.data.source import Source
 from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
 from parafit.planner.cost.cost import Cost, price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
-from parafit.planning import step_program
+from parafit.techniques.program import step_program
 
 EPOCHS = 12
 """Epochs timed after one that is not; their median counts."""
@@ -238,12 +239,12 @@ def weigh(case: Case, machine: Machine) -> float:
 
 def _price(case: Case, model, x, y, machine: Machine) -> tuple[Cost, float, Callable[[], int]]:
     """What a case is said to take, its bytes with the block of batches, and a function that compiles it and gives those it takes."""
-    feed = Feed(x, y, batch_size=case.batch, shuffle=True)
+    source = Source(x, y, batch_size=case.batch, shuffle=True)
     adapter = KerasModel(model, "fit")
-    adapter.build(feed.example)
-    step, arrays = adapter.train_step(), feed.foreseen()[0].arrays
+    adapter.build(source.example)
+    step, arrays = adapter.train_step(), Feed(source).foreseen()[0].arrays
     capacity = jax.tree.leaves(arrays)[0].shape[0]
-    program = step_program(step, feed.shapes(), case.name)
+    program = step_program(step, source.shapes(), case.name)
     cost = price(program, Plan(), machine, software=Software(steps_per_dispatch=capacity))
     block_bytes = sum(array.nbytes for array in jax.tree.leaves(arrays))
     copied_bytes = 0 if capacity > 1 else cost.memory["inputs"]  # a block of one batch is used as it is

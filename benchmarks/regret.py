@@ -20,11 +20,9 @@ import numpy as np
 
 from benchmarks import surroundings
 from benchmarks.predictions import CASES, Case, arrays_for, typical_seconds
-from parafit.adapters.keras import KerasModel
 from parafit.calibration.calibrate import core_count
-from parafit.data.feed import Feed
 from parafit.errors import PlanError
-from parafit.forecast import best_plan, programs
+from parafit.planning import plan_to_fit
 
 STEPS, EPOCHS = 40, 6
 """Of a fit: epochs enough for data that steps look up themselves where that is faster (`parafit.placement.LOOKED_UP_EPOCHS`)."""
@@ -69,10 +67,7 @@ def measure(case: Case, rounds: int) -> Regret:
 
 def _chosen(model, x, y, batch: int) -> str:
     """The plan that "auto" runs."""
-    feed, adapter = Feed(x, y, batch_size=batch), KerasModel(model, "fit")
-    adapter.build(feed.example)
-    step = adapter.train_step()
-    return best_plan(step, programs(adapter, step, feed.shapes)).short()
+    return plan_to_fit(model, x, y, batch_size=batch, plan="auto", tell=print).short()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import parafit
 from parafit.adapters.keras import KerasModel
 from parafit.backends.cpu.stored import stored
 from parafit.data.feed import Feed
+from parafit.data.source import Source
 from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
 from parafit.planner.cost.cost import price
@@ -158,12 +159,12 @@ NETWORKS = {
 
 def traced(model, x, y):
     """The program of a model's training step, the step, and a block of batches."""
-    feed = Feed(x, y, batch_size=32)
+    source = Source(x, y, batch_size=32)
     adapted = KerasModel(model, "fit")
-    adapted.build(feed.example)
+    adapted.build(source.example)
     step = adapted.train_step()
-    program = trace_step(step, step.read(), feed.shapes(), fixed=step.read_fixed(), name=model.name, stored=stored)
-    return program, step, feed.foreseen()[0].arrays
+    program = trace_step(step, step.read(), source.shapes(), fixed=step.read_fixed(), name=model.name, stored=stored)
+    return program, step, Feed(source).foreseen()[0].arrays
 
 
 @pytest.mark.parametrize("name", NETWORKS)

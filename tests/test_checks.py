@@ -7,7 +7,7 @@ import pytest
 from keras import layers
 
 import parafit
-from parafit.data.feed import Feed
+from parafit.data.source import Source
 from parafit.errors import DataError, ModelError
 from parafit.execution import compiled
 from parafit.support.arguments import check_arguments
@@ -370,5 +370,5 @@ def test_a_split_of_tables_is_a_split_of_arrays():
 
 def test_what_keras_says_of_data_is_said_in_brief():
     with pytest.raises(DataError, match="the generator must return a tuple") as caught:
-        Feed(x for x, _ in batches(CLASSES))
+        Source(x for x, _ in batches(CLASSES))
     assert len(str(caught.value)) <= 400

@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 from keras import layers
 
 import parafit
+from parafit import planning
 from parafit.adapters.keras import KerasModel
 from parafit.errors import ProgramError
-from parafit.execution import contract, runner
+from parafit.execution import contract
 from parafit.execution.contract import Collective, check, compare_memory, read
-from parafit.execution.runner import Runner, settle
-from parafit.placement import Placement
+from parafit.execution.runner import Runner
 from parafit.planner.layout import Layout, lay_out
 from parafit.planner.plan import Plan
 from parafit.planner.program import Tensor
-from parafit.planning import step_program
+from parafit.planning import place
+from parafit.techniques.program import step_program
 from tests.zoo import programs
 
 MESH = {"data": 2, "tensor": 4}
@@ -158,7 +159,7 @@ def report(make, plan, rows=32):
     adapter.build(lambda: (x[0], y[0]))
     step = adapter.train_step()
     program = step_program(step, (x[0], y[0]), model.name)
-    placement = settle(Placement(Plan.parse(plan)), step, lambda: program)
+    placement = place(Plan.parse(plan), step, lambda: program)
     return Runner(adapter, step, placement).check((x, y), program)
 
 
@@ -207,7 +208,7 @@ def _splits(tensor: Tensor) -> bool:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_layout_is_found_out(monkeypatch, wrong):
-    monkeypatch.setattr(runner, "lay_out", lambda tensors, plan: WRONG[wrong](list(tensors), plan))
+    monkeypatch.setattr(planning, "lay_out", lambda tensors, plan: WRONG[wrong](list(tensors), plan))
     assert report(mlp, "data=4,tensor=2,zero=1").broken
 
 
@@ -217,7 +218,7 @@ def test_the_user_is_told(monkeypatch, capsys):
     parafit.fit(model, x, y, plan="data=4,tensor=2", verbose=2)
     assert "not in the plan" not in capsys.readouterr().out
     keras.backend.clear_session(free_memory=False)
-    monkeypatch.setattr(runner, "lay_out", lambda tensors, plan: WRONG["columns only"](list(tensors), plan))
+    monkeypatch.setattr(planning, "lay_out", lambda tensors, plan: WRONG["columns only"](list(tensors), plan))
     parafit.fit(mlp(), x, y, plan="data=4,tensor=2", verbose=2)
     assert "parafit: not in the plan: all-gather over tensor: planned 0 bytes a step" in capsys.readouterr().out
 

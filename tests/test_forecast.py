@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import parafit
-from parafit import api, forecast
+from parafit import planning
 from parafit.calibration import calibrate, history
 from parafit.errors import PlanError, ProgramError
+from parafit.execution.events import Planned, listening
 from parafit.planner.machine.machine import Machine, Matmul
 from parafit.planner.plan import Plan
+from parafit.techniques import program
 
 
 def network(width):
@@ -31,16 +33,15 @@ def eight_devices(monkeypatch):
     """As many devices as are simulated here, but each a processor of its own, so that several are worth it."""
     machine = Machine.load("h100x8")
     slow = dataclasses.replace(machine.device, peak_flops={"float32": 1e9}, memory_bytes_per_second=1e9, matmul=Matmul())
-    monkeypatch.setattr(forecast, "this_machine", lambda: dataclasses.replace(machine, device=slow))
+    monkeypatch.setattr(planning, "this_machine", lambda: dataclasses.replace(machine, device=slow))
 
 
 @pytest.fixture
-def plans(monkeypatch):
-    """The plans that runs were settled with."""
+def plans():
+    """The plans that ran."""
     seen = []
-    settle = api.settle
-    monkeypatch.setattr(api, "settle", lambda placement, *rest: seen.append(placement.plan.short()) or settle(placement, *rest))
-    return seen
+    with listening(lambda event: seen.append(event.plan) if isinstance(event, Planned) else None):
+        yield seen
 
 
 def test_auto_spreads_what_is_worth_it(eight_devices, plans, capsys):
@@ -61,7 +62,7 @@ def test_auto_changes_no_numbers(monkeypatch, plans):
     device = dataclasses.replace(
         machine.device, peak_flops={"float32": 1e9, "bfloat16": 1e12}, memory_bytes_per_second=1e9, matmul=Matmul()
     )
-    monkeypatch.setattr(forecast, "this_machine", lambda: dataclasses.replace(machine, device=device))
+    monkeypatch.setattr(planning, "this_machine", lambda: dataclasses.replace(machine, device=device))
     parafit.fit(network(256), *data(512), batch_size=256, verbose=0)
     assert Plan.parse(plans[0]).device_count == 8
     assert Plan.parse(plans[0]).precision == "float32"
@@ -77,7 +78,7 @@ def test_auto_spreads_evaluation_and_prediction(eight_devices, plans):
 
 
 def test_auto_stays_on_one_device_where_others_gain_little(monkeypatch, plans):
-    monkeypatch.setattr(forecast, "this_machine", lambda: Machine.load("h100x8"))
+    monkeypatch.setattr(planning, "this_machine", lambda: Machine.load("h100x8"))
     x, y = data(64)
     parafit.fit(network(8), x, y, verbose=0)
     assert plans == ["single"]
@@ -88,7 +89,7 @@ def test_auto_saves_memory_where_one_device_has_too_little(monkeypatch, plans):
 
     def with_memory(mebibytes):
         device = dataclasses.replace(machine.device, memory_bytes=mebibytes * 2**20, context_bytes=0)
-        monkeypatch.setattr(forecast, "this_machine", lambda: dataclasses.replace(machine, device=device))
+        monkeypatch.setattr(planning, "this_machine", lambda: dataclasses.replace(machine, device=device))
 
     x, y = data(4096)
     with_memory(3)
@@ -103,7 +104,7 @@ def test_a_step_that_cannot_be_planned_runs_on_one_device(monkeypatch, eight_dev
     def fails(*arguments):
         raise ProgramError("no such operation")
 
-    monkeypatch.setattr(forecast, "step_program", fails)
+    monkeypatch.setattr(program, "step_program", fails)
     parafit.fit(network(256), *data(512), batch_size=256, verbose=2)
     assert plans == ["single"]
     assert "one device, for no plan could be made: no such operation" in capsys.readouterr().out
@@ -111,8 +112,8 @@ def test_a_step_that_cannot_be_planned_runs_on_one_device(monkeypatch, eight_dev
 
 def test_a_second_fit_traces_nothing(monkeypatch):
     traced = []
-    step_program = forecast.step_program
-    monkeypatch.setattr(forecast, "step_program", lambda *arguments: traced.append(1) or step_program(*arguments))
+    step_program = program.step_program
+    monkeypatch.setattr(program, "step_program", lambda *arguments: traced.append(1) or step_program(*arguments))
     model, (x, y) = network(8), data(64)
     for _ in range(3):
         parafit.fit(model, x, y, verbose=2)

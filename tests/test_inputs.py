@@ -14,8 +14,10 @@ from keras import layers
 
 import parafit
 from parafit import backends
+from parafit.adapters.step import State
 from parafit.backends.cpu.backend import CpuBackend
 from parafit.data.feed import Feed
+from parafit.data.source import Source
 from parafit.errors import BackendError, DataError, ModelError, NonFiniteLossError, ParafitError
 from parafit.execution.snapshot import Snapshot
 
@@ -128,12 +130,12 @@ def test_only_the_short_last_batch_of_arrays_is_seldom():
         def __getitem__(self, index):
             return np.ones((4 - index % 3, 2), "float32"), np.ones((4 - index % 3, 1), "float32")
 
-    epoch = Feed(Sizes()).epoch()
+    epoch = Feed(Source(Sizes())).epoch()
     blocks = list(iter(lambda: epoch.take(8), None))
     assert len(blocks) == 30
     assert not any(block.seldom for block in blocks)
     for rows, seldom in ((39, True), (37, False)):
-        assert [block.seldom for block in Feed(np.ones((rows, 2)), batch_size=2).foreseen()] == [False, seldom]
+        assert [block.seldom for block in Feed(Source(np.ones((rows, 2)), batch_size=2)).foreseen()] == [False, seldom]
 
 
 def test_tf_data():
@@ -261,16 +263,16 @@ def test_copies_of_the_state_take_a_hundredth_of_the_time(monkeypatch):
     monkeypatch.setattr("parafit.execution.snapshot.time.perf_counter", lambda: float(next(clock)))  # so that a copy takes a second
 
     def state(number):
-        return [jnp.full(100, number)], [], [jnp.full(100, number)] * 2, []
+        return State([jnp.full(100, number)], [], [jnp.full(100, number)] * 2, [])
 
     guard = Snapshot()
     guard.update(state(1.0))  # of weights alone: the next, of three times as much, will take three seconds
     for _ in range(299):
         guard.update(state(2.0))
-    np.testing.assert_array_equal(guard.mend(state(2.0))[0][0][0], np.ones(100))
+    np.testing.assert_array_equal(guard.mend(state(2.0))[0].weights[0], np.ones(100))
     guard.update(state(3.0))
     mended, seconds = guard.mend(state(4.0))
-    np.testing.assert_array_equal(mended[2][1], np.full(100, 3.0))
+    np.testing.assert_array_equal(mended.slots[1], np.full(100, 3.0))
     assert seconds == 2.0
 
 
@@ -283,9 +285,7 @@ def test_terminate_on_nan_ends_without_an_error():
 
 
 def test_blocks_hold_every_row_once_in_order():
-    feed = Feed(np.arange(23)[:, None].astype("float32"), None, batch_size=4)
-    feed.restart()
-    epoch, rows = feed.epoch(), []
+    epoch, rows = Feed(Source(np.arange(23)[:, None].astype("float32"), None, batch_size=4)).epoch(), []
     while (block := epoch.take(3)) is not None:
         rows.append(np.array(block.arrays)[: block.steps].reshape(-1))
     assert [len(part) for part in rows] == [12, 8, 3]

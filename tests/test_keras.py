@@ -66,7 +66,7 @@ def test_hooks_are_called_once_an_execution_of_every_epoch(steps):
 
 
 def test_slow_steps_change_nothing_in_when_hooks_are_called(monkeypatch):
-    monkeypatch.setattr("parafit.execution.runner.CONTROL_SECONDS", 1e-9)
+    monkeypatch.setattr("parafit.execution.pace.CONTROL_SECONDS", 1e-9)
     hooks = Hooks()
     parafit.fit(linear(steps_per_execution=6), X, Y, batch_size=4, epochs=2, callbacks=[hooks], **QUIET)
     assert [batch for name, batch, _ in hooks.seen if name == "train end"] == [5, 11, 17] * 2

@@ -12,9 +12,9 @@ from keras import layers
 import parafit
 from parafit.adapters import adapter_of
 from parafit.errors import PlanError
-from parafit.execution.runner import settle
 from parafit.planner.partition import Partition
-from parafit.planning import step_program
+from parafit.planning import place
+from parafit.techniques.program import step_program
 from tests.zoo import own_train_step, programs
 
 ROWS = 28  # a batch of 16 and a short one of 12, which 8 devices do not divide
@@ -359,10 +359,10 @@ def test_state_is_priced_as_it_is_placed(optimizer, plan):
     adapter.build(lambda: batch)
     step = adapter.train_step()
     program = step_program(step, batch, "network")
-    placement = settle(parafit.placement.Placement(parafit.Plan.parse(plan)), step, lambda: program)
-    held = [(owner, array) for owners, arrays in zip(step.owners[1], step.read()) for owner, array in zip(owners, arrays)]
+    placement = place(parafit.Plan.parse(plan), step, lambda: program)
+    held = list(zip(jax.tree.leaves(step.leaves[1]), jax.tree.leaves(step.read())))
     for role in ("parameter", "slot", "state"):
-        placed = sum(_bytes_on_a_device(placement.stored(owner, array), array) for owner, array in held if owner.role == role)
+        placed = sum(_bytes_on_a_device(placement.stored(leaf, array), array) for leaf, array in held if leaf.role == role)
         partition = Partition(program, placement.plan)
         assert sum(partition.stored_bytes(tensor) * tensor.count for tensor in program.of_role(role)) == placed, role
 

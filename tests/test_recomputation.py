@@ -21,7 +21,8 @@ from parafit.planner.cost.memory import recomputing_saves
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
 from parafit.planner.search.space import Candidates
-from parafit.planning import step_program, this_machine
+from parafit.planning import this_machine
+from parafit.techniques.program import step_program
 
 AGAIN = Plan(recompute="blocks")
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from sklearn import metrics
 
-from parafit import Plan, api, forecast, tables
+from parafit import Plan, api, planning, tables
 from parafit.errors import DataError, ModelError, NonFiniteLossError, OutputError, PlanError
 from parafit.tables import model_folder, networks, prediction
 from parafit.tables.networks import choose_settings
@@ -396,11 +396,12 @@ def test_a_folder_of_two_runs(trained, tmp_path):
 def test_auto_asks_the_planner(monkeypatch):
     asked = []
 
-    def best(step, program, **_):
-        asked.append(step.name)
-        return Plan.parse("data=2")
+    def best(plan, step, program, **_):
+        if plan is None:
+            asked.append(step.name)
+        return plan or Plan.parse("data=2")
 
-    monkeypatch.setattr(forecast, "best_plan", best)
+    monkeypatch.setattr(planning, "plan_for", best)
     assert train(epochs=1).plan == Plan.parse("data=2")
     assert asked == ["train"]
     assert train(epochs=1, plan="single").plan == Plan()

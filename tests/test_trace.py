@@ -18,10 +18,10 @@ from parafit.adapters.keras import KerasModel
 from parafit.backends.cpu.arrays import arrays_of
 from parafit.backends.cpu.stored import stored
 from parafit.errors import ModelError
-from parafit.planner.program import KINDS, PHASES, ROLES
+from parafit.planner.program import KINDS, PHASES, ROLES, Leaf
 from parafit.tracing.blocks import fold_blocks
 from parafit.tracing.dims import Dims
-from parafit.tracing.graph import Graph, Leaf
+from parafit.tracing.graph import Graph
 from parafit.tracing.trace import jaxpr_of, trace, trace_loss, trace_step
 from tests.zoo import ZOO
 

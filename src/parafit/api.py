@@ -1,11 +1,16 @@
 """fit, evaluate and predict: read this first.
 
-Each does the same: check the model and the plan, make a feed from the data, let Keras build what is missing, and hand
-over to `run`, which runs whole chunks of steps in compiled programs and calls the callbacks between them.
+Each does the same: check the arguments, the model and the plan; then `_prepare` makes a source from the data, lets Keras build what is
+missing and places the step on the plan's devices; then `loop` runs whole chunks of steps in compiled programs and calls the callbacks
+between them. `execution/events.py` says what a run tells.
 """
 
 import warnings
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
@@ -15,13 +20,20 @@ from parafit.adapters.keras_callbacks import batch_strides, callback_list
 from parafit.adapters.step import Adapter, Step
 from parafit.data import inputs
 from parafit.data.feed import Feed
+from parafit.data.residency import forward_flops, resident_table
+from parafit.data.source import Source
 from parafit.errors import ModelError, PlanError
 from parafit.execution import loop
-from parafit.execution.runner import settle
+from parafit.execution.events import Console, Ended, JsonLines, Notice, Planned, emit, listening
+from parafit.execution.pace import Pace
+from parafit.execution.runner import Runner
 from parafit.placement import Placement
 from parafit.planner.plan import Plan
+from parafit.planner.program import Program
+from parafit.planning import asked_for, place, plan_for
 from parafit.support import compat
 from parafit.support.arguments import check_arguments
+from parafit.techniques.program import program_of
 
 
 def fit(
@@ -44,6 +56,7 @@ def fit(
     validation_batch_size: int | None = None,
     validation_freq: int | list[int] = 1,
     plan: Plan | str = "auto",
+    log: str | Path | None = None,
 ):
     """Train a model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
 
@@ -57,6 +70,7 @@ def fit(
         batch_size: rows of one step over all devices together; 32 if not given.
         plan: "auto" (the fastest of this machine's plans, if it is worth it; see `find_plan`), a `Plan`, a text such as "data=8",
             or the path of a plan's JSON file.
+        log: a file to which a line of JSON is added for whatever the run tells: plan, price, compilations, groups of steps, epochs, score.
 
     Returns:
         The `keras.callbacks.History` of the run.
@@ -66,6 +80,7 @@ def fit(
         ModelError: the model is not compiled, or lacks a loss or an optimizer.
         DataError: arrays of different lengths, without rows, or of a dtype no network reads.
         PlanError: the plan cannot run here.
+        OutputError: the log cannot be written.
         NonFiniteLossError: the loss became NaN or infinite; the model holds its last good weights.
 
     >>> import parafit, keras, numpy as np
@@ -83,12 +98,11 @@ def fit(
         **{"validation_steps": validation_steps, "validation_batch_size": validation_batch_size, "validation_freq": validation_freq},
     )
     adapter = adapter_of(model, "fit")
-    model = adapter.model
-    placement = Placement(Plan.read(plan))
+    model, asked = adapter.model, asked_for(plan)
     epochs = compat.limited_epochs(epochs)
     options = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "shuffle": shuffle, "class_weight": class_weight}
     if reason := _why_stepwise(adapter, x, y, sample_weight):
-        _leave_to_keras(model, placement.plan, reason)
+        _leave_to_keras(model, asked, reason)
         return model.fit(
             x,
             y,
@@ -109,38 +123,30 @@ def fit(
         inputs.check_lengths(x, y, sample_weight)
         checks.check_split(x, validation_split)
         (x, y, sample_weight), validation_data = compat.split_validation((x, y, sample_weight), validation_split)
-    feed = Feed(x, y, sample_weight, steps_per_execution=model.steps_per_execution, **options)
-    checks.build(adapter, feed, "fit")
-    step = adapter.train_step()
-    program = forecast.programs(adapter, step, feed.shapes)
-    placement = _choose(plan, placement, step, feed, program, verbose)
-    if verbose and placement.plan.ranking:
-        print(placement.plan)
-    placement = settle(placement, step, program)
-    feed.keep_on(placement, work=partial(forecast.multiply_adds, step, program), epochs=epochs - initial_epoch)
-    listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=feed.steps_per_epoch, history=True)
-    pace = _pace(listed, "train", model)
-    feed.limit(pace.strides)
-    rows = {"batch_size": validation_batch_size or batch_size, "steps": validation_steps}
-    validation = None if validation_data is None else _Validation(adapter, validation_data, listed, placement, **rows)
+    with _told(verbose, log):
+        run = _prepare("fit", adapter, (x, y, sample_weight), asked, options)
+        listed = callback_list(callbacks, model, verbose=verbose, epochs=epochs, steps=run.source.steps_per_epoch, history=True)
+        pace = _pace(listed, "train", model)
+        rows = {"batch_size": validation_batch_size or batch_size, "steps": validation_steps}
+        validation = None if validation_data is None else _Validation(adapter, validation_data, listed, run.placement, **rows)
 
-    def validate(epoch: int) -> dict:
-        return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
+        def validate(epoch: int) -> dict:
+            return validation.logs() if validation and compat.should_validate(model, epoch, validation_freq) else {}
 
-    runner = loop.Runner(adapter, step, placement)
-    blocks = feed.foreseen()
-    runner.compile(blocks)
-    price = forecast.foresee(runner, placement.plan, blocks[0].arrays, program) if verbose and blocks else None
-    if price:
-        print(price.announce(placement.plan, steps=feed.steps_per_epoch, epochs=epochs - initial_epoch))
-        forecast.print_breaches(runner, blocks[0].arrays, program)
-    feed.restart()
-    first_epoch = lambda: compat.restored_epoch(model) or initial_epoch  # noqa: E731
-    with backends.current().running():
-        loop.train(runner, feed, listed, pace, first_epoch=first_epoch, epochs=epochs, validate=validate)
-    if price and pace.steps:
-        print(price.score(pace.seconds / pace.steps))
-        forecast.remember(model.name, placement.plan, feed.rows_per_batch, price, pace.seconds / pace.steps)
+        flops = lambda: forward_flops(run.step, run.program, run.source.rows_per_batch)  # noqa: E731
+        table = resident_table(run.source, run.placement, flops=flops, epochs=epochs - initial_epoch)
+        feed = Feed(run.source, strides=pace.strides, table=table)
+        blocks = feed.foreseen()
+        runner = Runner(adapter, run.step, run.placement, blocks)
+        price = None
+        if verbose and blocks:
+            steps = run.source.steps_per_epoch
+            price = forecast.foresee(runner, blocks[0].arrays, run.program, steps=steps, epochs=epochs - initial_epoch)
+        first_epoch = lambda: compat.restored_epoch(model) or initial_epoch  # noqa: E731
+        with _ending(pace), backends.current().running():
+            loop.train(runner, feed, listed, pace, first_epoch=first_epoch, epochs=epochs, validate=validate)
+        if price and pace.steps:
+            forecast.settle_up(model.name, run.placement.plan, run.source.rows_per_batch, price, pace.seconds / pace.steps)
     return model.history
 
 
@@ -172,18 +178,15 @@ def evaluate(
     """
     check_arguments(batch_size=batch_size, verbose=verbose, steps=steps)
     adapter = adapter_of(model, "evaluate")
-    model = adapter.model
-    placement = Placement(Plan.read(plan))
+    model, asked = adapter.model, asked_for(plan)
     if reason := _why_stepwise(adapter, x, y, sample_weight):
-        _leave_to_keras(model, placement.plan, reason)
+        _leave_to_keras(model, asked, reason)
         return model.evaluate(x, y, batch_size, verbose, sample_weight, steps, callbacks, return_dict)
-    feed = Feed(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
-    checks.build(adapter, feed, "evaluate")
-    step = adapter.test_step()
-    program = forecast.programs(adapter, step, feed.shapes)
-    placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
-    listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
-    logs = _evaluate(adapter, feed, listed, placement)
+    with _told(verbose):
+        run = _prepare("evaluate", adapter, (x, y, sample_weight), asked, {"batch_size": batch_size, "steps_per_epoch": steps})
+        listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=run.source.steps_per_epoch, history=False)
+        pace = _pace(listed, "test", model)
+        logs = _evaluate(adapter, Feed(run.source, strides=pace.strides), listed, pace, run.placement)
     return logs if return_dict else adapter.scores(logs)
 
 
@@ -213,23 +216,79 @@ def predict(
     """
     check_arguments(batch_size=batch_size, verbose=verbose, steps=steps)
     adapter = adapter_of(model, "predict")
-    model = adapter.model
-    placement = Placement(Plan.read(plan))
+    model, asked = adapter.model, asked_for(plan)
     if reason := _why_stepwise(adapter, x):
-        _leave_to_keras(model, placement.plan, reason)
+        _leave_to_keras(model, asked, reason)
         return model.predict(x, batch_size, verbose, steps, callbacks)
-    feed = Feed(x, batch_size=batch_size, steps_per_epoch=steps, steps_per_execution=model.steps_per_execution)
-    checks.build(adapter, feed, "predict")
-    step = adapter.predict_step()
-    program = forecast.programs(adapter, step, feed.shapes)
-    placement = settle(_choose(plan, placement, step, feed, program, verbose), step, program)
-    listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=feed.steps_per_epoch, history=False)
-    pace = _pace(listed, "predict", model)
-    feed.limit(pace.strides)
-    if feed.was_drawn:
-        feed.restart()
-    with backends.current().running():
-        return loop.predict(adapter, feed, listed, pace, placement)
+    with _told(verbose):
+        run = _prepare("predict", adapter, (x,), asked, {"batch_size": batch_size, "steps_per_epoch": steps})
+        listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=run.source.steps_per_epoch, history=False)
+        pace = _pace(listed, "predict", model)
+        feed = Feed(run.source, strides=pace.strides)
+        runner = Runner(adapter, run.step, run.placement, feed.foreseen())
+        with backends.current().running():
+            return loop.predict(runner, feed, listed, pace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A step on the devices of its plan, with its data.
+
+    Attributes:
+        source: the data.
+        step: what runs.
+        program: gives the step's program.
+        placement: the devices.
+    """
+
+    source: Source
+    step: Step
+    program: Callable[[], Program]
+    placement: Placement
+
+
+def _prepare(verb: str, adapter: Adapter, data: tuple, asked: Plan | None, options: dict) -> _Prepared:
+    """What fit, evaluate and predict do alike before a step runs.
+
+    Args:
+        verb: which of them.
+        adapter: the model.
+        data: x, y and sample_weight as far as there are such.
+        asked: the plan that was asked for, None for "auto".
+        options: of the source.
+    """
+    source = Source(*data, steps_per_execution=adapter.model.steps_per_execution, **options)
+    checks.build(adapter, source, verb)
+    step = {"fit": adapter.train_step, "evaluate": adapter.test_step, "predict": adapter.predict_step}[verb]()
+    program = program_of(adapter, step, source.shapes)
+    if asked is None and not source.knows_shapes:
+        asked = Plan()  # a batch of a generator is not drawn to choose a plan
+    plan = plan_for(asked, step, program, tell=lambda text: emit(Notice(text=text)))
+    emit(Planned(plan=plan.short(), ranking=str(plan) if plan.ranking else ""))
+    return _Prepared(source=source, step=step, program=program, placement=place(plan, step, program))
+
+
+@contextmanager
+def _told(verbose: str | int, log: str | Path | None = None) -> Iterator[None]:
+    """While it lasts, what runs tell goes to the console, if they are to be verbose, and to the log."""
+    listeners = [Console()] if verbose else []
+    if log is None:
+        with listening(*listeners):
+            yield
+    else:
+        with closing(JsonLines(log)) as lines, listening(*listeners, lines):
+            yield
+
+
+@contextmanager
+def _ending(pace: Pace) -> Iterator[None]:
+    """Tell how a run ended, well or not."""
+    try:
+        yield
+    except BaseException as error:
+        emit(Ended(steps=pace.steps, seconds=pace.seconds, error=f"{type(error).__name__}: {error}"))
+        raise
+    emit(Ended(steps=pace.steps, seconds=pace.seconds))
 
 
 class _Validation:
@@ -244,41 +303,35 @@ class _Validation:
 
     @cached_property
     def _feed(self) -> Feed:
-        feed = Feed(*self._data, **self._options)
-        checks.check(self._adapter, feed, "evaluate", "validation_data")
-        return feed
+        source = Source(*self._data, **self._options)
+        checks.check(self._adapter, source, "evaluate", "validation_data")
+        return Feed(source, strides=self._pace().strides)
+
+    def _pace(self) -> Pace:
+        return _pace(self._callbacks, "test", self._adapter.model)
 
     def logs(self) -> dict:
-        logs = _evaluate(self._adapter, self._feed, self._callbacks, self._placement)
+        logs = _evaluate(self._adapter, self._feed, self._callbacks, self._pace(), self._placement)
         return {f"val_{name}": value for name, value in logs.items()}
 
 
-def _evaluate(adapter: Adapter, feed: Feed, callbacks, placement: Placement) -> dict:
-    pace = _pace(callbacks, "test", adapter.model)
-    feed.limit(pace.strides)
-    feed.restart()
+def _evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict:
+    runner = Runner(adapter, adapter.test_step(), placement, feed.foreseen())
     with backends.current().running():
-        return loop.evaluate(adapter, feed, callbacks, pace, placement)
+        return loop.evaluate(runner, feed, callbacks, pace)
 
 
-def _pace(callbacks, phase: str, model) -> loop.Pace:
-    return loop.Pace(batch_strides(callbacks, phase, model.steps_per_execution), model.steps_per_execution)
-
-
-def _choose(plan: Plan | str, placement: Placement, step: Step, feed: Feed, program, verbose) -> Placement:
-    """The placement of the plan that was asked for, or for "auto" of the one that suits the model, the data and the machine."""
-    if plan != "auto" or not feed.knows_shapes:
-        return placement
-    return Placement(forecast.best_plan(step, program, tell=print if verbose else lambda words: None))
+def _pace(callbacks, phase: str, model) -> Pace:
+    return Pace(batch_strides(callbacks, phase, model.steps_per_execution), model.steps_per_execution)
 
 
 def _why_stepwise(adapter: Adapter, *parts) -> str | None:
     return "the data is sparse or ragged" if inputs.is_sparse(*parts) else adapter.why_stepwise()
 
 
-def _leave_to_keras(model, plan: Plan, reason: str) -> None:
+def _leave_to_keras(model, asked: Plan | None, reason: str) -> None:
     if not hasattr(model, "fit"):
         raise ModelError(f"{model.name!r} cannot run, for {reason}: Flax modules run in compiled steps only. Pass dense arrays.")
-    if plan != Plan():
-        raise PlanError(f"plan {plan.short()!r} needs compiled steps, but this model runs step by step: {reason}. Use plan='single'.")
+    if asked not in (None, Plan()):
+        raise PlanError(f"plan {asked.short()!r} needs compiled steps, but this model runs step by step: {reason}. Use plan='single'.")
     warnings.warn(f"parafit leaves this run to Keras, one step at a time: {reason}.", stacklevel=3)

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from parafit.errors import PlanError
-from parafit.planner.layout import GROUP, Layout, Owner, Spec, axis_size
+from parafit.planner.layout import GROUP, Layout, Spec, axis_size
 from parafit.planner.plan import Plan
+from parafit.planner.program import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -38,24 +38,10 @@ class Placement:
     Args:
         plan: the plan to run.
         layout: how parameters are split; empty: whole on every device.
-
-    Raises:
-        PlanError: the plan wants more devices than there are, or something that this version does not run.
     """
 
     plan: Plan
     layout: Layout = field(default_factory=Layout)
-
-    def __post_init__(self):
-        _check_runs(self.plan)
-        wanted, there = self.plan.device_count, jax.device_count()
-        if wanted > there:
-            raise PlanError.advising(
-                f"plan {self.plan.short()!r} wants {wanted} devices, but there are {there} ({jax.devices()[0].platform}). "
-                "Choose a smaller plan, or, to simulate devices on CPU,",
-                python=f"call jax.config.update('jax_num_cpu_devices', {wanted}) first.",
-                command=f"set JAX_NUM_CPU_DEVICES={wanted} in the environment.",
-            )
 
     @cached_property
     def mesh(self) -> Mesh | None:
@@ -98,28 +84,28 @@ class Placement:
         divides = bool(shape) and shape[0] % self.batch_parts == 0
         return NamedSharding(self.mesh, PartitionSpec(self._batch_axes)) if divides else self.replicated
 
-    def stored(self, owner: Owner, array: Any) -> NamedSharding | None:
+    def stored(self, leaf: Leaf, array: Any) -> NamedSharding | None:
         """Where an array of the state rests between steps."""
-        return self._sharding(self.layout.store.get(owner.role, self.layout.compute).get(owner.path, ()), array.shape)
+        return self._sharding(self.layout.store.get(leaf.role, self.layout.compute).get(leaf.parameter, ()), array.shape)
 
-    def computed(self, owner: Owner, array: Any) -> NamedSharding | None:
+    def computed(self, leaf: Leaf, array: Any) -> NamedSharding | None:
         """Where an array of the state is while operations read it; slots, which only the update reads, stay where they rest."""
-        return self.stored(owner, array) if owner.role == "slot" else self._sharding(self.layout.compute.get(owner.path, ()), array.shape)
+        return self.stored(leaf, array) if leaf.role == "slot" else self._sharding(self.layout.compute.get(leaf.parameter, ()), array.shape)
 
-    def constrain(self, where: Callable[[Owner, Any], Any], owners: Any, arrays: Any) -> Any:
+    def constrain(self, where: Callable[[Leaf, Any], Any], leaves: Any, arrays: Any) -> Any:
         """Inside a program: bring arrays to where `stored` or `computed` says."""
         if self.mesh is None:
             return arrays
-        return jax.tree.map(lambda owner, array: jax.lax.with_sharding_constraint(array, where(owner, array)), owners, arrays)
+        return jax.tree.map(lambda leaf, array: jax.lax.with_sharding_constraint(array, where(leaf, array)), leaves, arrays)
 
     def replicate(self, arrays: Any) -> Any:
         """Inside a program: keep arrays whole on every device."""
         return arrays if self.mesh is None else jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), arrays)
 
-    def put_state(self, owner: Owner, array: jax.Array) -> jax.Array:
+    def put_state(self, leaf: Leaf, array: jax.Array) -> jax.Array:
         """One array of the state, brought to where this plan keeps it."""
         if self.mesh is not None:
-            return jax.device_put(array, self.stored(owner, array))
+            return jax.device_put(array, self.stored(leaf, array))
         device = jax.devices()[0]
         return array if array.devices() == {device} else jax.device_put(array, device)
 
@@ -161,12 +147,3 @@ def _mesh_parts(plan: Plan, axis: str) -> list[tuple[str, int]]:
     if axis in plan.store.values() and 0 < plan.store_group < size:
         return [(axis, size // plan.store_group), (GROUP, plan.store_group)]
     return [(axis, size)]
-
-
-def _check_runs(plan: Plan) -> None:
-    for name, value, idle in (("pipeline", plan.axes.get("pipeline", 1), 1), ("interleave", plan.interleave, 1)):
-        if value != idle:
-            raise PlanError(
-                f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
-                "Use data, tensor, zero=, microbatches=, recompute= or precision=."
-            )

@@ -1,26 +1,33 @@
-"""`find_plan`: where a model, a machine and the search meet."""
+"""Which plan: `find_plan`, the one meaning of "auto", and the way from a plan to devices."""
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from parafit import backends
-from parafit.errors import ModelError
+from parafit.errors import ModelError, PlanError, ProgramError
+from parafit.planner.cost.cost import price
+from parafit.planner.layout import lay_out, resolve, split_by_dims
 from parafit.planner.machine.machine import Machine
 from parafit.planner.networks import named
-from parafit.planner.plan import Plan
-from parafit.planner.program import Program
+from parafit.planner.plan import AXES, Plan
+from parafit.planner.program import Program, Tensor
 from parafit.planner.search.search import search
 from parafit.planner.search.space import SAME_NUMBERS
 from parafit.support.arguments import check_arguments
 
+if TYPE_CHECKING:  # imported where they are needed: planning for another machine needs no JAX
+    from parafit.adapters.step import Step
+    from parafit.placement import Placement
+
 RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
 """The techniques that this version runs; it prices others."""
 
-_FIXED = "build it with an input of fixed shape, such as keras.Input((784,))"
+WORTH = 1.1
+"""So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
 
-_WHOLE_STEP = frozenset({"microbatches", "recompute"})  # need a step that can be taken apart
+AUTO = "auto"
 
 
 def find_plan(
@@ -86,6 +93,143 @@ def this_machine() -> Machine:
     return replace(machine, devices_per_host=1) if backends.current().devices_share_cores else machine
 
 
+def asked_for(plan: Plan | str | Path) -> Plan | None:
+    """The plan meant by a `plan=` argument, None for "auto".
+
+    Args:
+        plan: "auto", a `Plan`, a text such as "data=8", or the path of a plan's JSON file.
+
+    Raises:
+        PlanError: no plan, or one that cannot run here.
+
+    >>> asked_for("auto") is None, asked_for("single").device_count
+    (True, 1)
+    """
+    if plan == AUTO:
+        return None
+    read = Plan.read(plan)
+    _check_runs(read)
+    return read
+
+
+def plan_for(asked: Plan | None, step: "Step", program: Callable[[], Program], *, tell: Callable[[str], None]) -> Plan:
+    """The plan to run: the one that was asked for, else what "auto" means.
+
+    "auto" is the fastest plan of this machine that fits and is predicted to be worth it; else one device.
+
+    Args:
+        asked: as `asked_for` gives it.
+        step: what is to run.
+        program: gives its program.
+        tell: is told why no plan could be made.
+
+    Raises:
+        PlanError: no plan fits into memory.
+    """
+    return _best_plan(step, program, tell) if asked is None else asked
+
+
+def _best_plan(step: "Step", program: Callable[[], Program], tell: Callable[[str], None]) -> Plan:
+    from parafit.techniques.program import refused_techniques
+
+    machine = this_machine()
+    if machine.device_count == 1 and step.name != "train":
+        return Plan()
+    try:
+        traced = program()
+    except (ModelError, ProgramError) as error:
+        tell(f"one device, for no plan could be made: {error}")
+        return Plan()
+    alone = price(traced, Plan(), machine)
+    fits = alone.peak_bytes <= machine.device.memory_bytes
+    if fits and machine.device_count == 1:
+        return Plan()
+    try:
+        ranking = search(traced, machine, allow=(RUNS & SAME_NUMBERS) - refused_techniques(step))
+    except PlanError as error:
+        rest = "runs it on one device all the same, as far as its memory goes."
+        raise PlanError.advising(str(error), python=f"plan='single' {rest}", command=f"--plan single {rest}") from error
+    return Plan() if fits and alone.seconds < WORTH * ranking.best.cost.seconds else ranking.plan
+
+
+def plan_to_fit(model: Any, x: Any, y: Any, *, batch_size: int, plan: Plan | str, tell: Callable[[str], None]) -> Plan:
+    """The plan that `fit` would run with these arguments, the model built as `fit` would build it.
+
+    Args and errors are those of `fit`; `tell` as in `plan_for`.
+    """
+    from parafit.adapters import adapter_of, checks
+    from parafit.data.source import Source
+    from parafit.techniques.program import program_of
+
+    asked = asked_for(plan)
+    adapter = adapter_of(model, "fit")
+    source = Source(x, y, batch_size=batch_size, shuffle=True)
+    checks.build(adapter, source, "fit")
+    step = adapter.train_step()
+    return plan_for(asked, step, program_of(adapter, step, source.shapes), tell=tell)
+
+
+def place(plan: Plan, step: "Step", program: Callable[[], Program]) -> "Placement":
+    """A plan on this machine's devices, its layout worked out for a model.
+
+    Args:
+        plan: to run.
+        step: the model's step.
+        program: gives the step's program; called where the plan needs the model's dims.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    from parafit.placement import Placement
+
+    if plan.device_count == 1:
+        return Placement(plan)
+    if set(plan.compute) <= {AXES["data"]}:
+        return Placement(plan, lay_out(_shaped(step), plan))
+    traced = program()
+    plan = resolve(traced, plan)
+    _check_split(traced, plan)
+    return Placement(plan, lay_out(traced.tensors.values(), plan))
+
+
+def _check_split(program: Program, plan: Plan) -> None:
+    parameters = program.of_role("parameter")
+    for dim, axis in plan.compute.items():
+        if dim != AXES["data"] and not any(axis in split_by_dims(tensor, plan) for tensor in parameters if dim in tensor.dims):
+            raise PlanError(
+                f"the plan maps {dim!r} to {axis!r}, which splits no parameter of {program.name!r}: this version runs splits of the batch "
+                "and of dims of parameters, and only prices others."
+            )
+
+
+def _shaped(step: "Step") -> list[Tensor]:
+    """The arrays of a step's state, of whose dims nothing needs to be known."""
+    import jax
+
+    leaves, arrays = jax.tree.leaves(step.leaves), jax.tree.leaves((step.read_fixed(), step.read()))
+    return [Tensor(name=leaf.name, shape=array.shape, dims=("",) * array.ndim, role=leaf.role) for leaf, array in zip(leaves, arrays)]
+
+
+def _check_runs(plan: Plan) -> None:
+    """Refuse what this version does not run, and more devices than there are."""
+    import jax
+
+    for name, value, idle in (("pipeline", plan.axes.get("pipeline", 1), 1), ("interleave", plan.interleave, 1)):
+        if value != idle:
+            raise PlanError(
+                f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
+                "Use data, tensor, zero=, microbatches=, recompute= or precision=."
+            )
+    wanted, there = plan.device_count, jax.device_count()
+    if wanted > there:
+        raise PlanError.advising(
+            f"plan {plan.short()!r} wants {wanted} devices, but there are {there} ({jax.devices()[0].platform}). "
+            "Choose a smaller plan, or, to simulate devices on CPU,",
+            python=f"call jax.config.update('jax_num_cpu_devices', {wanted}) first.",
+            command=f"set JAX_NUM_CPU_DEVICES={wanted} in the environment.",
+        )
+
+
 def _program(model: Any, x: Any, y: Any, batch_size: int | None, *, here: bool) -> tuple[Program, frozenset[str]]:
     """What is to be planned, and the techniques that this model cannot run."""
     if isinstance(model, Program):
@@ -107,114 +251,22 @@ def keras_program(
     import jax
 
     from parafit.adapters import adapter_of, checks
-    from parafit.data.feed import Feed
+    from parafit.adapters.examples import example_rows
+    from parafit.data.source import Source
+    from parafit.techniques.program import refused_techniques, step_program
 
     adapter = adapter_of(model, "fit")
     model = adapter.model
     if x is None or _is_shape(x):
-        x, y = _example(model, x)
-    feed = Feed(x, y)
-    checks.build(adapter, feed, "fit")
-    shapes, rows = feed.shapes(), batch_size or (32 if feed.known_rows else None)
+        x, y = example_rows(model, x)
+    source = Source(x, y)
+    checks.build(adapter, source, "fit")
+    shapes, rows = source.shapes(), batch_size or (32 if source.known_rows else None)
     if rows:
         shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype), shapes)
     step = adapter.train_step()
     return step_program(step, shapes, model.name, here=here), refused_techniques(step)
 
 
-def step_program(step: Any, batch: Any, name: str, *, here: bool = True) -> Program:
-    """The program of an adapted model's step, with what is known of its layers.
-
-    Args:
-        step: a `parafit.adapters.step.Step`.
-        batch: one global batch, packed as the step takes it: arrays or shapes.
-        name: of the model.
-        here: whether it is to run on this machine, whose compiler is known.
-    """
-    import jax
-
-    from parafit.tracing.trace import trace_step
-
-    backend = backends.current()
-    stored = backend.stored if here and backend.knows_storage() else None
-    state, fixed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (step.read(), step.read_fixed()))
-    program = trace_step(step, state, batch, fixed=fixed, name=name, stored=stored)
-    if not step.parts:
-        return program
-
-    @functools.cache
-    def recomputing() -> Program | None:
-        from parafit.placement import Placement
-        from parafit.techniques import planned_function
-
-        function = planned_function(step, Placement(Plan(recompute="blocks")), batch)
-        try:
-            return trace_step(replace(step, function=function), state, batch, fixed=fixed, name=name, stored=stored, like=program)
-        except ModelError:
-            return None
-
-    return replace(program, couples_batch=program.couples_batch or step.parts.couples, recomputing=recomputing)
-
-
-def refused_techniques(step: Any) -> frozenset[str]:
-    """The techniques that a step cannot run: those that take a training step apart, or store what only training has."""
-    if step.name != "train":
-        return _WHOLE_STEP | {"zero", "store_group"}
-    return frozenset() if step.parts else _WHOLE_STEP
-
-
 def _is_shape(x: Any) -> bool:
     return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
-
-
-def _example(model: Any, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
-    """Two rows of zeros, as inputs and targets."""
-    import jax
-    import numpy as np
-
-    if not hasattr(model, "compute_output_shape"):
-        raise ModelError(f"model {model.name!r} does not say what its data looks like: pass x and y themselves.")
-    if shape is not None:
-        if not model.built:
-            model.build((None, *shape))
-        x = np.zeros((2, *shape), "float32")
-    elif getattr(model, "inputs", None):
-        inputs = _input_structure(model)
-        _check_known(model, inputs)
-        x = jax.tree.map(lambda spec: np.zeros((2, *spec.shape[1:]), spec.dtype), inputs)
-    else:
-        raise ModelError.advising(
-            f"model {model.name!r} does not say what it reads:",
-            python="pass the shape of one row of x such as (784,), or x and y themselves.",
-            command=f"{_FIXED}.",
-        )
-    outputs = model.compute_output_shape(jax.tree.map(np.shape, x, is_leaf=lambda part: isinstance(part, np.ndarray)))
-    return x, _targets(outputs, model.loss)
-
-
-def _input_structure(model: Any) -> Any:
-    structure = getattr(model, "_inputs_struct", model.inputs)
-    return structure if isinstance(structure, dict) else model.inputs if len(model.inputs) > 1 else model.inputs[0]
-
-
-def _check_known(model: Any, inputs: Any) -> None:
-    for spec in inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, list) else [inputs]:
-        if None in spec.shape[1:]:
-            raise ModelError.advising(
-                f"model {model.name!r} reads rows of any length {tuple(spec.shape)}:",
-                python="pass the shape of one row of x, or x and y themselves.",
-                command=f"{_FIXED}.",
-            )
-
-
-def _targets(outputs: Any, loss: Any) -> Any:
-    """Zeros in the form that a loss wants for outputs of these shapes."""
-    import numpy as np
-
-    if isinstance(outputs, dict):
-        return {name: _targets(shape, loss[name] if isinstance(loss, dict) else loss) for name, shape in outputs.items()}
-    if isinstance(outputs, list):
-        losses = loss if isinstance(loss, (list, tuple)) else [loss] * len(outputs)
-        return [_targets(shape, each) for shape, each in zip(outputs, losses)]
-    sparse = "sparse" in (loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", "")))
-    return np.zeros((2, *outputs[1:-1]), "int32") if sparse else np.zeros((2, *outputs[1:]), "float32")

@@ -19,44 +19,44 @@ from parafit.errors import DataError, ModelError
 from parafit.support import compat
 
 
-def build(adapter: Any, feed: Any, verb: str) -> None:
+def build(adapter: Any, source: Any, verb: str) -> None:
     """Build a model for what it is to do, once its data is known to fit it.
 
     Args and errors are those of `check`.
     """
-    early = check(adapter, feed, verb)
+    early = check(adapter, source, verb)
     make = adapter.build_layers if verb == "predict" else adapter.build
     try:
-        make(partial(feed.example, in_epoch=verb == "predict"))
+        make(partial(source.example, in_epoch=verb == "predict"))
     except (ValueError, TypeError, KeyError, RuntimeError):
         if not early:
-            check(adapter, feed, verb)  # says it better, where it knows
+            check(adapter, source, verb)  # says it better, where it knows
         raise
     if not early:
-        check(adapter, feed, verb)
+        check(adapter, source, verb)
 
 
-def check(adapter: Any, feed: Any, verb: str, source: str = "") -> bool:
-    """Refuse data that a model cannot take; batches that the feed draws later are looked at then.
+def check(adapter: Any, source: Any, verb: str, name: str = "") -> bool:
+    """Refuse data that a model cannot take; batches that the source draws later are looked at then.
 
     Args:
         adapter: a `parafit.adapters.step.Adapter`.
-        feed: a `parafit.data.feed.Feed`.
+        source: a `parafit.data.source.Source`.
         verb: "fit", "evaluate" or "predict".
-        source: what the data is called in messages, where it is not x and y.
+        name: what the data is called in messages, where it is not x and y.
 
     Returns:
-        Whether all was looked at that the feed holds: not before there is a batch, and the model tells what it gives.
+        Whether all was looked at that the source holds: not before there is a batch, and the model tells what it gives.
 
     Raises:
         DataError: the data does not fit the model or its losses.
         ModelError: the model has no loss.
     """
     if not isinstance(adapter, KerasModel):
-        return adapter.check(feed, verb)
-    look = _Check(adapter.model, verb, source, feed.known_rows)
-    feed.inspect(look)
-    return feed.known is not None and look.knows(feed.known)
+        return adapter.check(source, verb)
+    look = _Check(adapter.model, verb, name, source.known_rows)
+    source.inspect(look)
+    return source.known is not None and look.knows(source.known)
 
 
 def check_split(x: Any, validation_split: float) -> None:
@@ -84,12 +84,12 @@ class _Check:
 
     Args:
         model: a `keras.Model`.
-        verb, source: as in `build`.
+        verb, name: as in `check`.
         rows: of a batch, None where batches may differ.
     """
 
-    def __init__(self, model: Any, verb: str, source: str, rows: int | None):
-        self._model, self._verb, self._source, self._rows = model, verb, source, rows
+    def __init__(self, model: Any, verb: str, name: str, rows: int | None):
+        self._model, self._verb, self._name, self._rows = model, verb, name, rows
         self._known: dict[Any, list[_Tokens | Pair]] = {}
         self._complete = True
 
@@ -140,8 +140,8 @@ class _Check:
                 f"model {name!r} was compiled without a loss, so fit has nothing to learn from. Call model.compile(optimizer, loss), "
                 "such as model.compile('adam', 'mse')."
             )
-        if has_loss and y is None and self._source:
-            raise DataError(f"{self._source} has no targets, and the loss of {name!r} needs them: pass (x, y).")
+        if has_loss and y is None and self._name:
+            raise DataError(f"{self._name} has no targets, and the loss of {name!r} needs them: pass (x, y).")
         if has_loss and y is None:
             raise DataError(
                 f"y is missing: the loss of {name!r} compares outputs with targets. Pass {self._verb}(model, x, y), or data that yields "
@@ -159,7 +159,7 @@ class _Check:
             if not function or not isinstance(target, _Leaf) or not hasattr(output, "shape"):
                 continue
             pair = Pair(
-                where=(self._source or "y") + (f" for output {name!r}" if len(paired) > 1 else ""),
+                where=(self._name or "y") + (f" for output {name!r}" if len(paired) > 1 else ""),
                 model=self._model.name,
                 function=function,
                 output=tuple(output.shape),

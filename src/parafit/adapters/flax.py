@@ -11,11 +11,10 @@ import optax
 from flax import nnx
 
 from parafit.adapters.flax_checks import check_rows, sizes_of, try_out
-from parafit.adapters.step import Parts, Step
+from parafit.adapters.step import Parts, State, Step
 from parafit.errors import ModelError
-from parafit.planner.program import Program
+from parafit.planner.program import Leaf, Program
 from parafit.support.compat import unpack
-from parafit.tracing.graph import Leaf
 from parafit.tracing.trace import trace, tree_leaves
 
 _GRAPHS: WeakKeyDictionary[nnx.Module, Any] = WeakKeyDictionary()
@@ -108,12 +107,12 @@ class FlaxModel:
         """Modules always run in chunks."""
         return None
 
-    def check(self, feed: Any, verb: str) -> bool:
+    def check(self, source: Any, verb: str) -> bool:
         """Try the module, or its loss, on shapes of batches that it has not met yet; see `parafit.adapters.checks.check`."""
-        feed.inspect(lambda batch: self._try_out(batch, verb) or batch)
-        if feed.knows_shapes:
-            self._try_out(feed.shapes(), verb)
-        return feed.knows_shapes
+        source.inspect(lambda batch: self._try_out(batch, verb) or batch)
+        if source.knows_shapes:
+            self._try_out(source.shapes(), verb)
+        return source.knows_shapes
 
     def _try_out(self, batch: Any, verb: str) -> None:
         specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), batch)
@@ -123,9 +122,9 @@ class FlaxModel:
         weights, rest, name = self._weights.read(), self._rest.read(), self.model.name
         if verb == "predict":
             step = self.predict_step()
-            try_out(lambda batch: step.function(weights, (rest,), batch)[0], specs, what=f"the output of {name!r}")
+            try_out(lambda batch: step.function(weights, State(others=rest), batch)[0], specs, what=f"the output of {name!r}")
         else:
-            loss = lambda batch: self._loss(weights, (rest, [], []), batch, training=verb == "fit")  # noqa: E731
+            loss = lambda batch: self._loss(weights, State(others=rest), batch, training=verb == "fit")  # noqa: E731
             self._take_measures(*try_out(loss, specs, what=f"the loss of {name!r}"))
             check_rows(lambda batch: loss(batch)[0], specs, name=name, sizes=sizes_of((weights, rest)))
         self.model.tried.add(key)
@@ -152,35 +151,34 @@ class FlaxModel:
         parts = Parts(loss=self._loss, measure=self._measure, update=self._update, couples=_why_rows_couple(self.keeper))
 
         def function(fixed, state, batch):
-            weights, rest, slots, measures = state
-            (_, (loss, found, rest, _)), gradients = jax.value_and_grad(self._loss, has_aux=True)(weights, (rest, slots, measures), batch)
-            logs, measures = self._measure(measures, loss, found, batch)
-            weights, slots = self._update(slots, gradients, weights)
-            return logs, (weights, rest, slots, measures)
+            (_, (loss, found, others, _)), gradients = jax.value_and_grad(self._loss, has_aux=True)(state.weights, state, batch)
+            logs, metrics = self._measure(state.metrics, loss, found, batch)
+            weights, slots = self._update(state.slots, gradients, state.weights)
+            return logs, State(weights, others, slots, metrics)
 
-        groups = self._weights, self._rest, self._slots, self._measures()
-        return self._step("train", function, groups, stops_on_bad_loss=True, parts=parts)
+        held = State(self._weights.held, self._rest.held, self._slots.held, self._measures())
+        return self._step("train", function, held, stops_on_bad_loss=True, parts=parts)
 
     def test_step(self) -> Step:
         """The loss, nothing learned."""
 
         def function(weights, state, batch):
-            rest, measures = state
-            _, (loss, found, rest, _) = self._loss(weights, (rest, (), measures), batch, training=False)
-            logs, measures = self._measure(measures, loss, found, batch)
-            return logs, (rest, measures)
+            _, (loss, found, others, _) = self._loss(weights, state, batch, training=False)
+            logs, metrics = self._measure(state.metrics, loss, found, batch)
+            return logs, state._replace(others=others, metrics=metrics)
 
-        return self._step("test", function, (self._rest, self._measures()), fixed=self._weights)
+        held = State(others=self._rest.held, metrics=self._measures())
+        return self._step("test", function, held, fixed=self._weights.held)
 
     def predict_step(self) -> Step:
         """The module's outputs."""
 
         def function(weights, state, batch):
-            module = self._merge(weights, state[0], training=False)
+            module = self._merge(weights, state.others, training=False)
             outputs = module(unpack(batch)[0])
-            return outputs, (self._rest_of(module),)
+            return outputs, state._replace(others=self._rest_of(module))
 
-        return self._step("predict", function, (self._rest,), fixed=self._weights)
+        return self._step("predict", function, State(others=self._rest.held), fixed=self._weights.held)
 
     def result(self, logs: dict) -> dict[str, float]:
         """The means over the epoch, the loss first."""
@@ -195,10 +193,10 @@ class FlaxModel:
 
     def _loss(self, weights, state, batch, training: bool = True):
         """See `Parts.loss`; what the loss measures takes the place of predictions."""
-        module = self._merge(weights, state[0], training=training)
+        module = self._merge(weights, state.others, training=training)
         found = self.model.loss(module, batch)
         value, measures = found if isinstance(found, tuple) else (found, {})
-        return value, (value, measures, self._rest_of(module), state[2])
+        return value, (value, measures, self._rest_of(module), state.metrics)
 
     def _measure(self, totals, loss, measures: dict, batch):
         """See `Parts.measure`: means over all rows of the epoch so far."""
@@ -232,20 +230,18 @@ class FlaxModel:
             raise ModelError(f"{self.model.name!r} makes or drops variables when it is called. Make them when the module is made.")
         return self._rest.arrays(rest)
 
-    def _measures(self) -> "_Group":
-        return _Group(list(self.model.measures.values()), "measures/")
+    def _measures(self) -> list["_Held"]:
+        return _Group(list(self.model.measures.values()), "measures/").held
 
-    def _step(self, name: str, function: Callable, groups: Sequence["_Group"], *, fixed: "_Group | None" = None, **options) -> Step:
-        variables = tuple(group.held for group in groups)
+    def _step(self, name: str, function: Callable, variables: State, *, fixed: Sequence["_Held"] = (), **options) -> Step:
         for held in (each for group in variables for each in group):
             held.own()
-        read_only = fixed.held if fixed else []
         graph = _GRAPHS.setdefault(self.keeper, self._graph)
         if graph != self._graph:
             graph = _GRAPHS[self.keeper] = self._graph
-        identity = graph, self.model.loss, *(each.variable for each in (*read_only, *(held for group in variables for held in group)))
+        identity = graph, self.model.loss, *(each.variable for each in (*fixed, *(held for group in variables for held in group)))
         access = {"get": _Held.read, "put": _Held.write}
-        return Step(name=name, function=function, variables=variables, fixed_variables=read_only, identity=identity, **access, **options)
+        return Step(name=name, function=function, variables=variables, fixed_variables=fixed, identity=identity, **access, **options)
 
 
 class _Held:

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from parafit.adapters.step import Parts, Step
+from parafit.adapters.step import Parts, State, Step
 from parafit.errors import BackendError, ModelError
 from parafit.support import compat
 
@@ -53,12 +53,17 @@ class KerasModel:
     def train_step(self) -> Step:
         """`keras.Model.train_step`, overridden or not, over all of the model's and the optimizer's variables."""
         model = self.model
-        groups = (model.trainable_variables, self._non_trainable(), model.optimizer.variables, model.metrics_variables)
+        variables = State(model.trainable_variables, self._non_trainable(), model.optimizer.variables, model.metrics_variables)
         scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+
+        def function(fixed, state, batch):
+            logs, new = model.train_step(tuple(state), batch)
+            return logs, State(*map(list, new))
+
         return self._step(
             "train",
-            lambda fixed, state, batch: model.train_step(state, batch),
-            groups,
+            function,
+            variables,
             stops_on_bad_loss=not scaled,
             parts=self._parts(),
             own=compat.own_step(model),
@@ -69,20 +74,21 @@ class KerasModel:
         model = self.model
 
         def function(weights, state, batch):
-            logs, (_, *new) = model.test_step((weights, *state), batch)
-            return logs, new
+            logs, (_, others, metrics) = model.test_step((weights, state.others, state.metrics), batch)
+            return logs, state._replace(others=list(others), metrics=list(metrics))
 
-        return self._step("test", function, (self._non_trainable(), model.metrics_variables), fixed=model.trainable_variables)
+        variables = State(others=self._non_trainable(), metrics=model.metrics_variables)
+        return self._step("test", function, variables, fixed=model.trainable_variables)
 
     def predict_step(self) -> Step:
         """`keras.Model.predict_step`."""
         model = self.model
 
         def function(weights, state, batch):
-            outputs, non_trainable = model.predict_step((weights, *state), batch)
-            return outputs, (non_trainable,)
+            outputs, others = model.predict_step((weights, state.others), batch)
+            return outputs, state._replace(others=list(others))
 
-        return self._step("predict", function, (self._non_trainable(),), fixed=model.trainable_variables)
+        return self._step("predict", function, State(others=self._non_trainable()), fixed=model.trainable_variables)
 
     def result(self, logs: dict) -> dict[str, Any]:
         """An epoch's logs: the metrics' results, or the step's own logs where a custom step returns others."""
@@ -105,7 +111,7 @@ class KerasModel:
         return Parts(
             loss=lambda weights, state, batch: compat.loss_and_updates(model, weights, state, batch),
             measure=lambda metrics, loss, predictions, batch: compat.update_metrics(model, metrics, loss, predictions, batch),
-            update=lambda optimizer, gradients, weights: model.optimizer.stateless_apply(optimizer, gradients, weights),
+            update=lambda slots, gradients, weights: model.optimizer.stateless_apply(slots, gradients, weights),
             couples=compat.why_rows_couple(model),
         )
 
@@ -113,12 +119,12 @@ class KerasModel:
         with compat.recurrent_states(self.model):
             return self.model.non_trainable_variables
 
-    def _step(self, name: str, function: Callable, groups: tuple, *, fixed=(), **options) -> Step:
+    def _step(self, name: str, function: Callable, variables: State, *, fixed=(), **options) -> Step:
         def stateful(*arguments):
             with compat.recurrent_states(self.model):
                 return function(*arguments)
 
-        variables = tuple(list(group) for group in groups)
+        variables = State(*map(list, variables))
         identity = (*compat.compiled_parts(self.model), *fixed, *(variable for group in variables for variable in group))
         return Step(name=name, function=stateful, variables=variables, fixed_variables=list(fixed), identity=identity, **options)
 

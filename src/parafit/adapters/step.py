@@ -3,17 +3,30 @@
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import jax
 
-from parafit.planner.layout import Owner
-from parafit.planner.program import told_apart
+from parafit.planner.program import Leaf, told_apart
 from parafit.support import compat
 
-State = tuple[list[jax.Array], ...]
-"""Groups of arrays: weights that a step changes, statistics and seeds, optimizer slots, metrics."""
+
+class State(NamedTuple):
+    """What a step changes, as groups of arrays (or of whatever stands for each array). A group that a step leaves alone is empty.
+
+    Attributes:
+        weights: what training changes.
+        others: statistics, seeds and other variables of layers.
+        slots: the optimizer's variables.
+        metrics: the variables of metrics.
+    """
+
+    weights: Sequence[Any] = ()
+    others: Sequence[Any] = ()
+    slots: Sequence[Any] = ()
+    metrics: Sequence[Any] = ()
+
 
 _KEPT: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
@@ -23,9 +36,9 @@ class Parts:
     """A training step in parts, for plans that put something between them.
 
     Attributes:
-        loss: `(weights, (non-trainable, optimizer, metrics), batch) -> (scaled loss, (loss, predictions, non-trainable, metrics))`.
+        loss: `(weights, state, batch) -> (scaled loss, (loss, predictions, others, metrics))`; the state's own weights are not read.
         measure: `(metrics, loss, predictions, batch) -> (logs, metrics)`.
-        update: `(optimizer, gradients, weights) -> (weights, optimizer)`.
+        update: `(slots, gradients, weights) -> (weights, slots)`.
         couples: why the loss of a batch is not the mean of the losses of its parts, "" where it is.
     """
 
@@ -42,7 +55,7 @@ class Step:
     Attributes:
         name: "train", "test" or "predict".
         function: `(fixed, state, batch) -> (outputs, state)`; outputs are the logs, or the predictions.
-        variables: the model's variables that the step changes, in the groups and order of the state.
+        variables: the model's variables that the step changes.
         fixed_variables: the weights that the step only reads.
         stops_on_bad_loss: whether a loss that is not finite ends training (not under loss scaling, which skips such steps).
         identity: objects that stay the same while a program compiled from this step stays right.
@@ -54,7 +67,7 @@ class Step:
 
     name: str
     function: Callable[[list[jax.Array], State, Any], tuple[Any, State]]
-    variables: tuple[Sequence[Any], ...]
+    variables: State
     fixed_variables: Sequence[Any] = ()
     stops_on_bad_loss: bool = False
     identity: tuple
@@ -66,7 +79,7 @@ class Step:
     @property
     def weights(self) -> Sequence[Any]:
         """The weights that training changes, whether or not this step does."""
-        return self.variables[0] if self.name == "train" else self.fixed_variables
+        return self.variables.weights if self.name == "train" else self.fixed_variables
 
     @property
     def weight_count(self) -> int:
@@ -74,20 +87,18 @@ class Step:
         return sum(math.prod(weight.shape) for weight in self.weights)
 
     @property
-    def owners(self) -> tuple[list[Owner], tuple[list[Owner], ...]]:
-        """What each array is that the step reads only, and each array of the state: this alone says what is a slot."""
-        shapes = {variable.path: tuple(variable.shape) for variable in self.weights}
-        weights = {id(variable) for variable in self.weights}
-        names = iter(self.names)
-        fixed, *state = (
-            [_owner(each, next(names), shapes, id(each) in weights) for each in group] for group in (self.fixed_variables, *self.variables)
-        )
-        return fixed, tuple(state)
+    def leaves(self) -> tuple[list[Leaf], State]:
+        """What each array is that the step reads only, and each array of the state: this alone says what is a slot.
 
-    @property
-    def names(self) -> list[str]:
-        """The paths of the same arrays in the same order, equal ones numbered: Keras' Adafactor has several of one path."""
-        return told_apart(variable.path for group in (self.fixed_variables, *self.variables) for variable in group)
+        Equal paths are numbered: Keras' Adafactor has several variables of one path.
+        """
+        variables = [variable for group in (self.fixed_variables, *self.variables) for variable in group]
+        names = dict(zip(map(id, variables), told_apart(variable.path for variable in variables)))
+        parameters = {names[id(weight)]: tuple(weight.shape) for weight in self.weights}
+        fixed, *state = (
+            [_leaf(variable, names[id(variable)], parameters) for variable in group] for group in (self.fixed_variables, *self.variables)
+        )
+        return fixed, State(*state)
 
     def may_end_training(self, logs: Any) -> bool:
         """Whether training ends where the loss among these logs is not finite; a step of the user's own may log what it likes."""
@@ -95,7 +106,7 @@ class Step:
 
     def read(self) -> State:
         """The state as the model holds it now: arrays by reference."""
-        return tuple([self.get(variable) for variable in group] for group in self.variables)
+        return State(*([self.get(variable) for variable in group] for group in self.variables))
 
     def read_fixed(self) -> list[jax.Array]:
         """The arrays of the weights that the step only reads."""
@@ -165,16 +176,19 @@ def remembered(keeper: Any, step: Step, key: Hashable, make: Callable[[], Any]) 
     return made
 
 
-def _owner(variable, unique_name: str, parameters: dict[str, tuple], is_weight: bool) -> Owner:
-    """A slot is named after its parameter: "adam/dense_kernel_momentum" (Keras), "optimizer/0/mu/dense/kernel" (Flax)."""
+def _leaf(variable: Any, name: str, parameters: dict[str, tuple[int, ...]]) -> Leaf:
+    """What the array of a variable is. A slot is named after its parameter, of whose shape it is.
+
+    Keras: "adam/dense_kernel_momentum"; Flax: "optimizer/0/mu/dense/kernel".
+    """
     path, shape = variable.path, tuple(variable.shape)
-    if is_weight:
-        return Owner("parameter", path)
-    name = path.rpartition("/")[2]
-    fits = (each for each in parameters if parameters[each] == shape)
-    named = [
-        each
-        for each in fits
-        if name.startswith(each.replace("/", "_") + "_") or (path.startswith("optimizer/") and path.endswith("/" + each))
+    if name in parameters:
+        return Leaf(name=name, role="parameter")
+    last = path.rpartition("/")[2]
+    fits = (parameter for parameter in parameters if shape and parameters[parameter] == shape)
+    owners = [
+        parameter
+        for parameter in fits
+        if last.startswith(parameter.replace("/", "_") + "_") or (path.startswith("optimizer/") and path.endswith("/" + parameter))
     ]
-    return Owner("slot", max(named, key=len)) if named and shape else Owner("state", unique_name)
+    return Leaf(name=name, role="slot", like=max(owners, key=len)) if owners else Leaf(name=name, role="state")

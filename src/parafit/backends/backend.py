@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from parafit.planner.program import Program
-from parafit.tracing.graph import Leaf
+from parafit.planner.program import Leaf, Program
 
 CompilerOptions = dict[str, str | bool]
 """As `jax.stages.Lowered.compile` takes them."""

@@ -5,6 +5,7 @@ timed again and again, in turns with all others, until the time is up; the media
 """
 
 import datetime
+import logging
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from parafit.support.files import private_folder, prune, write_whole
 from parafit.support.processor import processor_name
 from parafit.tracing.trace import trace_loss
 
+_LOGGER = logging.getLogger("parafit")
 _MOST_BYTES = 1 << 24
 """Of all calibrations together; one takes about 30 kB."""
 _LEAST_ROUNDS, _LEAST_PROBES = 4, 9
@@ -70,7 +72,9 @@ def _calibrated() -> Machine | None:
             os.utime(path)  # in use: `prune` takes others first
         return Machine.load(path)
     except (MachineError, OSError, UnicodeDecodeError) as error:
-        print(f"parafit: this machine's calibration cannot be read and goes; `parafit machine --calibrate` measures anew: {error}")
+        _LOGGER.warning(
+            "parafit: the calibration of this machine cannot be read and goes; measure anew with `parafit machine --calibrate`: %s", error
+        )
         with suppress(OSError):
             path.unlink()
         return None

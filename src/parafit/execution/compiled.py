@@ -109,7 +109,7 @@ def _compiled_steps(step: Step, arrays, placement: Placement, seldom: bool) -> C
     run_step, outputs, options = _trace(step, fixed, state, batch, placement, seldom)
     predicts = step.name == "predict"
     many = _predict_many(run_step, outputs, capacity) if predicts else _run_many(run_step, capacity, guarded=step.may_end_training(outputs))
-    stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.owners, (fixed, state))]
+    stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.leaves, (fixed, state))]
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
     lowered = program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays)
@@ -128,25 +128,25 @@ def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) 
         closed = _evenly(closed, step, fixed, state, batch, outputs, placement, placement.mesh)
     flat = compat.jaxpr_as_function(closed)
     structure = jax.tree.structure((outputs, new_state))
-    owners = step.owners
+    held = step.leaves
 
     def run_step(fixed, state, batch):
-        inputs = placement.constrain(placement.computed, owners, (fixed, state))
-        leaves = flat(*jax.tree.leaves((inputs, placement.split_batch(batch))))
-        outputs, new = jax.tree.unflatten(structure, leaves)
+        inputs = placement.constrain(placement.computed, held, (fixed, state))
+        results = flat(*jax.tree.leaves((inputs, placement.split_batch(batch))))
+        outputs, new = jax.tree.unflatten(structure, results)
         # A custom train_step may change a dtype (float32 to float64, say); a loop needs the one it started with.
-        new = jax.tree.map(lambda old, array: array.astype(old.dtype), state, tuple(new))
-        return outputs, placement.constrain(placement.stored, owners[1], new)
+        new = jax.tree.map(lambda old, array: array.astype(old.dtype), state, new)
+        return outputs, placement.constrain(placement.stored, held[1], new)
 
     return run_step, outputs, options
 
 
 def _evenly(closed: ClosedJaxpr, step: Step, fixed, state, batch, outputs, placement: Placement, mesh: Mesh) -> ClosedJaxpr:
     """The traced step with no array split unevenly under the plan."""
-    owners = step.owners
-    given = jax.tree.map(placement.computed, owners, (fixed, state)), jax.tree.map(lambda leaf: placement.batch(leaf.shape), batch)
+    held = step.leaves
+    given = jax.tree.map(placement.computed, held, (fixed, state)), jax.tree.map(lambda leaf: placement.batch(leaf.shape), batch)
     predicted = jax.tree.map(lambda leaf: placement.batch(leaf.shape) if step.name == "predict" else None, outputs)
-    left = predicted, jax.tree.map(placement.stored, owners[1], state)
+    left = predicted, jax.tree.map(placement.stored, held[1], state)
     leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda leaf: leaf is None)  # noqa: E731
     return evenly(closed, mesh, given=leaves(given), left=leaves(left))
 

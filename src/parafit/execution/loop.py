@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from parafit.adapters.step import Adapter
 from parafit.data.feed import Epoch, Feed
 from parafit.errors import NonFiniteLossError
-from parafit.execution.runner import Pace, Runner
-from parafit.placement import Placement
+from parafit.execution.events import EpochEnded, GroupEnded, emit
+from parafit.execution.pace import Pace
+from parafit.execution.runner import Runner
 from parafit.support import compat
 
 
@@ -48,6 +48,7 @@ def train(
     adapter, model = runner.adapter, runner.adapter.model
     model.stop_training = False
     finished, logs = False, {}
+    feed.source.restart()
     callbacks.on_train_begin()
     try:
         for epoch in range(first_epoch(), epochs):
@@ -56,6 +57,7 @@ def train(
             last = _train_epoch(epoch, feed, runner, callbacks, pace)
             logs = adapter.result(last) | validate(epoch)
             callbacks.on_epoch_end(epoch, logs)
+            emit(EpochEnded(epoch=epoch, logs=logs))
             if model.stop_training:
                 break
         finished = True
@@ -67,11 +69,15 @@ def train(
             callbacks.on_train_end(logs)
 
 
-def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
-    """The loss and metrics of the model on the feed's one epoch, by name."""
-    model = adapter.model
-    runner = Runner(adapter, adapter.test_step(), placement)
-    runner.compile(feed.foreseen())
+def evaluate(runner: Runner, feed: Feed, callbacks, pace: Pace) -> dict[str, float]:
+    """The loss and metrics of the model on the feed's one epoch, from its source's beginning, by name.
+
+    Args:
+        runner: the model's step of evaluation on the plan's devices.
+        feed, callbacks, pace: as in `train`.
+    """
+    adapter, model = runner.adapter, runner.adapter.model
+    feed.source.restart()
     model.stop_evaluating = False
     callbacks.on_test_begin()
     model.reset_metrics()
@@ -87,11 +93,16 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
     return logs
 
 
-def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
-    """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
-    model = adapter.model
-    runner = Runner(adapter, adapter.predict_step(), placement)
-    runner.compile(feed.foreseen())
+def predict(runner: Runner, feed: Feed, callbacks, pace: Pace) -> Any:
+    """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs.
+
+    Args:
+        runner: the model's step of prediction on the plan's devices.
+        feed, callbacks, pace: as in `train`.
+    """
+    model = runner.adapter.model
+    if feed.source.was_drawn:
+        feed.source.restart()
     model.stop_predicting = False
     callbacks.on_predict_begin()
     parts = []
@@ -125,7 +136,7 @@ def _train_epoch(epoch: int, feed: Feed, runner: Runner, callbacks, pace: Pace) 
         if not group.healthy:
             seconds = runner.recover()
             if not model.stop_training:
-                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.find_non_finite() or runner.find_non_finite())
+                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.source.find_non_finite() or runner.find_non_finite())
         if model.stop_training:
             break
     return logs
@@ -146,7 +157,9 @@ def _groups(epoch: Epoch, runner: Runner, pace: Pace, on_begin: Callable[[int], 
         pace.count(steps)
         block = epoch.take_ahead(pace.next_steps())
         tally = runner.rest()
-        pace.record(steps, time.perf_counter() - started - (runner.seconds_compiling - compiling))
+        seconds = time.perf_counter() - started - (runner.seconds_compiling - compiling)
+        pace.record(steps, seconds)
+        emit(GroupEnded(first=first, last=first + steps - 1, seconds=seconds))
         # An execution cut short by the end of the epoch has the number of its last step as if it were whole, as in Keras.
         last = first + (-(-steps // pace.execution) * pace.execution - 1 if tally.healthy else int(tally.done))
         yield Group(first, last, tally.healthy, tally.logs, [_rows(*part) for part in outputs] if outputs[0][1] is not None else [])

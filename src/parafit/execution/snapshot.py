@@ -12,9 +12,6 @@ SHARE = 0.01
 """Copying takes at most this share of the time: a small network is copied before every group, a large one now and then."""
 _NEW_BYTES_PER_SECOND = 5e8
 """At which a system gives a process memory that it clears first: measured on a virtual machine, where it takes longest."""
-# A training state holds the trainable weights, the other weights, the optimizer's variables and the metrics.
-_WEIGHT_GROUPS = 2
-_GUARDED_GROUPS = 3
 
 
 class Snapshot:
@@ -32,12 +29,13 @@ class Snapshot:
         started = time.perf_counter()
         if started < self._due:
             return
-        guarded = state[:_GUARDED_GROUPS]
+        guarded = _guarded(state)
         first = self._copy is None
-        kept = [[np.asarray(array) if _is_kept(number, array, first) else None for array in group] for number, group in enumerate(guarded)]
+        groups = guarded._asdict().items()
+        kept = State(*([np.asarray(array) if _is_kept(name, array, first) else None for array in group] for name, group in groups))
         if first or all(map(is_finite, jax.tree.leaves(kept))):
-            before = self._copy or [[None] * len(group) for group in kept]
-            self._copy = [[_copied(*pair) for pair in zip(*groups)] for groups in zip(kept, before)]
+            before = self._copy or State(*([None] * len(group) for group in kept))
+            self._copy = State(*([_copied(*pair) for pair in zip(*groups)] for groups in zip(kept, before)))
             self._time = started
         now = time.perf_counter()
         # What the next copy will take: it is of everything, and what the first left out needs new memory.
@@ -46,12 +44,16 @@ class Snapshot:
 
     def mend(self, state: State) -> tuple[State, float]:
         """The last good state with the metrics of now, and how many seconds old it is."""
-        mended = ([_better(*pair) for pair in zip(group, copies)] for group, copies in zip(state, self._copy))
-        return (*mended, *state[_GUARDED_GROUPS:]), time.perf_counter() - self._time
+        mended = State(*([_better(*pair) for pair in zip(group, copies)] for group, copies in zip(_guarded(state), self._copy)))
+        return mended._replace(metrics=state.metrics), time.perf_counter() - self._time
 
 
-def _is_kept(group_number: int, array, first: bool) -> bool:
-    return not first or group_number < _WEIGHT_GROUPS or array.ndim == 0
+def _guarded(state: State) -> State:
+    return state._replace(metrics=[])
+
+
+def _is_kept(group: str, array, first: bool) -> bool:
+    return not first or group in ("weights", "others") or array.ndim == 0
 
 
 def is_finite(array) -> bool:

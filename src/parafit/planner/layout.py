@@ -16,19 +16,6 @@ Spec = tuple[str | None, ...]
 """For each dimension of an array the axis it is split over, None where it is whole."""
 
 
-@dataclass(frozen=True)
-class Owner:
-    """What an array of a model's state is.
-
-    Attributes:
-        role: "parameter", "slot" or "state".
-        path: of a parameter its own, of a slot that of its parameter.
-    """
-
-    role: str
-    path: str
-
-
 GROUP = "group"
 """The part of the store axis inside which state is split, where a plan has a `store_group`."""
 

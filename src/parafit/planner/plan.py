@@ -127,6 +127,8 @@ class Plan:
         """
         if text.strip() == "single":
             return cls()
+        if text.strip() == "auto":
+            raise PlanError("'auto' is no plan: it lets fit, evaluate and predict choose one. Name a plan here, such as 'single'.")
         fields: dict[str, str] = {}
         for part in text.split(","):
             name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -175,13 +177,13 @@ class Plan:
 
     @classmethod
     def read(cls, plan: "Plan | str | Path") -> "Plan":
-        """The plan meant by a `plan=` argument; "auto" is one device.
+        """A plan as such, as text, or in a file.
 
         Raises:
             PlanError: neither a plan, nor a plan's text, nor a file that holds one.
 
-        >>> Plan.read("auto").device_count, Plan.read("data=4").device_count
-        (1, 4)
+        >>> Plan.read("data=4").device_count
+        4
         """
         if isinstance(plan, Plan):
             return plan
@@ -191,7 +193,7 @@ class Plan:
             raise PlanError(
                 f"plan={plan!r} is a {type(plan).__name__}: expected 'auto', a Plan, a text such as 'data=8', or the path of a JSON file."
             )
-        return cls() if plan == "auto" else cls.parse(plan)
+        return cls.parse(plan)
 
     @classmethod
     def load(cls, path: "str | Path") -> "Plan":

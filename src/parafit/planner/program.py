@@ -44,6 +44,26 @@ softmax(QKᵀ)V; "move" a copy or transpose; "loop" a sequential loop; "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """What an array is that a step is given or gives back.
+
+    Attributes:
+        name: unique among the step's arrays; of a parameter, the path of its variable.
+        role: one of `ROLES`.
+        like: of a slot, the name of the parameter that it is shaped like.
+    """
+
+    name: str
+    role: str
+    like: str = ""
+
+    @property
+    def parameter(self) -> str:
+        """The name by which a layout knows how it is split: its parameter's, where it is a parameter, its gradient or a slot."""
+        return self.like or self.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tensor:
     """An array of the program.
 

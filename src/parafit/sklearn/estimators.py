@@ -29,8 +29,10 @@ from sklearn.neural_network._multilayer_perceptron import BaseMultilayerPerceptr
 from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
 
 from parafit.errors import PlanError
+from parafit.execution.events import Console
 from parafit.placement import Placement
 from parafit.planner.plan import Plan
+from parafit.planning import asked_for
 from parafit.sklearn.perceptron import Network, Rows, Trainer, run_full_batch
 
 _FEW_NUMBERS = 2**14
@@ -93,7 +95,7 @@ class _CompiledTraining(BaseMultilayerPerceptron):
         self.loss_ = loss
         self.loss_curve_.append(loss)
         if self.verbose:
-            print(f"Iteration {self.n_iter_}, loss = {loss:.8f}")
+            Console().say(f"Iteration {self.n_iter_}, loss = {loss:.8f}")
         if self.early_stopping:
             trainer.write_back()
         self._update_no_improvement_count(self.early_stopping, *held_out)
@@ -302,14 +304,13 @@ class MLPRegressor(_CompiledTraining, neural_network.MLPRegressor):
 
 def _placement(plan: Plan | str | Path) -> Placement:
     """The devices of a plan that does nothing but split batches."""
-    placement = Placement(Plan.read(plan))
-    wanted = placement.plan
+    wanted = asked_for(plan) or Plan()  # an estimator's own choice is one device
     if wanted != Plan.parse(f"data={wanted.device_count}" if wanted.device_count > 1 else "single"):
         raise PlanError(
             f"plan {wanted.short()!r}: these estimators run on one device, or split each batch over several. "
             "Use plan='single', or one such as 'data=8'."
         )
-    return placement
+    return Placement(wanted)
 
 
 def _check_split(plan: Plan, batch_size: int) -> None:

@@ -185,10 +185,10 @@ def why_rows_couple(model) -> str:
 
 
 def loss_and_updates(model, weights, state, batch) -> Any:
-    """The loss to differentiate, and `(loss, predictions, non-trainable, metrics)`; see `own_step`."""
-    non_trainable, optimizer, metrics = state
+    """The loss to differentiate, and `(loss, predictions, others, metrics)`; see `own_step`."""
+    options = {"training": True, "optimizer_variables": state.slots}
     with recurrent_states(model):
-        return model.compute_loss_and_updates(weights, non_trainable, metrics, *unpack(batch), training=True, optimizer_variables=optimizer)
+        return model.compute_loss_and_updates(weights, state.others, state.metrics, *unpack(batch), **options)
 
 
 def update_metrics(model, metrics, loss, predictions, batch) -> Any:

@@ -7,8 +7,8 @@ owner's alone. Together they hold at most `MOST_BYTES`; those that were not used
 """
 
 import hashlib
+import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from parafit.support.environment import cache_directory, chosen_by_user
 from parafit.support.files import private_folder, prune, write_whole
 from parafit.support.processor import processor_kind
 
+_LOGGER = logging.getLogger("parafit")
 MOST_BYTES = 1 << 30
 """Of all programs together."""
 
@@ -55,7 +56,7 @@ def _serve(folder: str, make: Callable[[], "Programs"]) -> None:
         try:
             return make(), path
         except OSError as error:
-            print(f"parafit: compiled programs are not kept for the next start: {error}", file=sys.stderr)
+            _LOGGER.warning("parafit: compiled programs are not kept for the next start: %s", error)
             return None
 
     if original is not None:
@@ -84,7 +85,7 @@ class Programs:
         digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if digest == _digest(program):
             return program
-        print(f"parafit: a compiled program on disk was damaged and is compiled anew: {path}", file=sys.stderr)
+        _LOGGER.warning("parafit: a compiled program on disk was damaged and is compiled anew: %s", path)
         path.unlink(missing_ok=True)
         return None
 

@@ -46,7 +46,10 @@ class Screen:
         if len(preparation.dropped) > _MOST_LINES:
             self._print(f"dropped  and {len(preparation.dropped) - _MOST_LINES} more columns; see the report")
         for words in [*written_words(preparation), *notes]:
-            self._print(f"note     {words}")
+            self.note(words)
+
+    def note(self, words: str) -> None:
+        self._print(f"note     {words}")
 
     def network(self, model: Any, settings: Settings, plan: Plan, split: Split) -> None:
         widths = " → ".join(str(width) for width in layer_widths(model))

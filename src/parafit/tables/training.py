@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from parafit import api, forecast
+from parafit import api
 from parafit.errors import DataError, NonFiniteLossError
-from parafit.placement import Placement
 from parafit.planner.plan import Plan
+from parafit.planning import asked_for, plan_to_fit
 from parafit.tables import console, networks, report_page
 from parafit.tables.model_folder import TableModel, check_folder, write_folder
 from parafit.tables.networks import Settings, choose_settings
@@ -78,7 +78,7 @@ def train(
         check_folder(out, force=force)
     if model is not None:
         networks.check_model_file(model)
-    Placement(Plan.read(plan))  # refuses what cannot run here
+    asked_for(plan)  # refuses what cannot run here
     screen = console.Screen(verbose)
     read, judged, notes = _read_training_table(table, target, task)
     frame = read.frame
@@ -92,7 +92,8 @@ def train(
     net = _network(model, inputs.shape[1], preparation, settings, len(split.train))
     codes = goal.encode(frame.get_column(target))
     labels = networks.encode_labels(net, goal, codes)
-    found = forecast.plan_for(net, inputs[split.train], labels[split.train], batch_size=settings.batch_size, plan=plan)
+    rows = inputs[split.train], labels[split.train]
+    found = plan_to_fit(net, *rows, batch_size=settings.batch_size, plan=plan, tell=screen.note)
     screen.network(net, settings, found, split)
     chosen_plan = replace(found)  # without its ranking, which was shown
     run = _fit(net, inputs, labels, split, settings, chosen_plan, screen)

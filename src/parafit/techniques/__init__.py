@@ -1,17 +1,18 @@
 """What a plan does inside a training step: gradients sharded, gradients accumulated, activations computed again."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parafit.adapters.step import Parts, Step
+from parafit.adapters.step import Parts, State, Step
 from parafit.errors import PlanError
 from parafit.placement import Placement
-from parafit.planner.layout import Owner, pieces
+from parafit.planner.layout import pieces
+from parafit.planner.program import Leaf
 from parafit.techniques.recompute import in_segments
 
 _MEAN_TOLERANCE = 1e-3
@@ -38,7 +39,7 @@ def planned_function(step: Step, placement: Placement, batch: Any) -> Callable:
     if step.parts is not None:
         if wanted["microbatches"]:
             _check_parts(step, step.parts, batch, plan.short())
-        return _compose(step.parts, placement, step.owners[1][0])
+        return _compose(step.parts, placement, step.leaves[1].weights)
     if wanted["microbatches"] or wanted["recompute"]:
         raise PlanError(
             f"plan {plan.short()!r}: microbatches and recompute need Keras' own training step, but this model's class has its own "
@@ -49,8 +50,8 @@ def planned_function(step: Step, placement: Placement, batch: Any) -> Callable:
 
 def _check_parts(step: Step, parts: Parts, batch: Any, plan: str) -> None:
     """Refuse to cut a batch whose loss is not the mean of the losses of its parts: by what is known of the layers, and by trying it."""
-    weights, *state = step.read()
-    loss = jax.jit(lambda batch: parts.loss(weights, tuple(state), batch)[0])
+    state = step.read()
+    loss = jax.jit(lambda batch: parts.loss(state.weights, state, batch)[0])
     reason = parts.couples
     if not reason and "random_bits" in str(jax.make_jaxpr(loss)(batch)):
         reason = "it draws random numbers for all rows of a batch at a time"
@@ -94,30 +95,29 @@ def _row(rows: Any, index: int) -> Any:
     return jax.tree.map(lambda array: array[index : index + 1] if array.ndim else array, rows)
 
 
-def _compose(parts: Parts, placement: Placement, weight_owners: list[Owner]) -> Callable:
+def _compose(parts: Parts, placement: Placement, weights: Sequence[Leaf]) -> Callable:
     plan = placement.plan
-    gradient_owners = [Owner("gradient", owner.path) for owner in weight_owners]
+    gradient_leaves = [Leaf(name=f"{weight.name}/gradient", role="gradient", like=weight.name) for weight in weights]
     loss = in_segments(parts.loss) if plan.recompute == "blocks" else parts.loss
     gradients_of = _gradients(loss, parts.measure)
     if plan.microbatches > 1:
         gradients_of = accumulate(gradients_of, placement)
 
     def function(fixed, state, batch):
-        weights, non_trainable, optimizer, metrics = state
-        gradients, logs, non_trainable, metrics = gradients_of(weights, (non_trainable, optimizer, metrics), batch)
-        gradients = placement.constrain(placement.stored, gradient_owners, gradients)
-        weights, optimizer = parts.update(optimizer, gradients, weights)
-        return logs, (weights, non_trainable, optimizer, metrics)
+        gradients, logs, others, metrics = gradients_of(state, batch)
+        gradients = placement.constrain(placement.stored, gradient_leaves, gradients)
+        weights, slots = parts.update(state.slots, gradients, state.weights)
+        return logs, State(weights, others, slots, metrics)
 
     return function
 
 
 def _gradients(loss: Callable, measure: Callable) -> Callable:
-    def gradients_of(weights, state, batch):
-        (_, aux), gradients = jax.value_and_grad(loss, has_aux=True)(weights, state, batch)
-        unscaled, predictions, non_trainable, metrics = aux
+    def gradients_of(state, batch):
+        (_, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.weights, state, batch)
+        unscaled, predictions, others, metrics = aux
         logs, metrics = measure(metrics, unscaled, predictions, batch)
-        return gradients, logs, non_trainable, metrics
+        return gradients, logs, list(others), list(metrics)
 
     return gradients_of
 
@@ -128,26 +128,24 @@ def accumulate(gradients_of: Callable, placement: Placement) -> Callable:
     A batch that the devices and microbatches do not divide is cut into equal parts and a smaller last one; no part is split unevenly.
     """
 
-    def accumulated(weights, state, batch):
+    def accumulated(state, batch):
         rows = _rows(batch)
         parts, rest = _cut(batch, rows, placement)
-        non_trainable, optimizer, metrics = state
-        total = jax.tree.map(jnp.zeros_like, weights)
 
         def run(carry, part):
-            total, non_trainable, metrics = carry
-            gradients, logs, non_trainable, metrics = gradients_of(
-                weights, (non_trainable, optimizer, metrics), placement.split_batch(part)
-            )
+            total, others, metrics = carry
+            part = placement.split_batch(part)
+            gradients, logs, others, metrics = gradients_of(state._replace(others=others, metrics=metrics), part)
             total = jax.tree.map(lambda sum_, gradient: sum_ + gradient * (_rows(part) / rows), total, gradients)
-            return (total, list(non_trainable), list(metrics)), logs
+            return (total, others, metrics), logs
 
-        carry, logs = jax.lax.scan(run, (total, list(non_trainable), list(metrics)), parts)
+        carry = jax.tree.map(jnp.zeros_like, state.weights), list(state.others), list(state.metrics)
+        carry, logs = jax.lax.scan(run, carry, parts)
         logs = jax.tree.map(lambda values: values[-1], logs)
         if rest is not None:
             carry, logs = run(carry, rest)
-        total, non_trainable, metrics = carry
-        return total, logs, non_trainable, metrics
+        total, others, metrics = carry
+        return total, logs, others, metrics
 
     return accumulated
 

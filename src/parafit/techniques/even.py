@@ -16,9 +16,10 @@ import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from parafit.planner.program import Leaf
 from parafit.support.jaxprs import called, read_branches, read_scan, read_while
 from parafit.tracing.dims import groups
-from parafit.tracing.graph import Graph, Leaf, Value
+from parafit.tracing.graph import Graph, Value
 from parafit.tracing.passes import Pass
 from parafit.tracing.primitives import primitive_named
 

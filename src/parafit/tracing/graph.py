@@ -7,24 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from parafit.planner.program import Leaf
 from parafit.support.jaxprs import Scan, While, called, opened, read_branches, read_scan, read_while
 from parafit.tracing.dims import Dims
 from parafit.tracing.primitives import matmul_shape, primitive_named
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leaf:
-    """A leaf of a step's arguments.
-
-    Attributes:
-        name: of a parameter, the path of its variable.
-        role: one of `parafit.planner.program.ROLES`.
-        like: of a slot, the name of the parameter that it lives like.
-    """
-
-    name: str
-    role: str
-    like: str = ""
 
 
 @dataclass(eq=False, kw_only=True)

@@ -9,9 +9,9 @@ import jax
 from jax.extend.core import ClosedJaxpr
 
 from parafit.errors import ModelError
-from parafit.planner.program import Program, told_apart
+from parafit.planner.program import Leaf, Program, told_apart
 from parafit.tracing.describe import describe
-from parafit.tracing.graph import Graph, Leaf
+from parafit.tracing.graph import Graph
 
 Stored = Callable[[Program, ClosedJaxpr, Sequence[Leaf], Sequence[Leaf]], Program]
 """From a program, its trace, and the leaves of arguments and results, to the program with what a compiler stores."""
@@ -35,12 +35,10 @@ def trace_step(step, state, batch, *, fixed=(), name: str = "", stored: Stored |
     Raises:
         ModelError: the step cannot be traced; the layer it happened in, and why.
     """
-    owners = [owner for group in (step.owners[0], *step.owners[1]) for owner in group]
-    weights = [_variable_leaf(name, owner) for name, owner in zip(step.names, owners)]
-    held = weights[len(step.fixed_variables) :]
-    return trace(
-        step.function, (list(fixed), state, batch), [*weights, *_batch_leaves(batch)], results=held, name=name, stored=stored, like=like
-    )
+    read_only, changed = step.leaves
+    held = [leaf for group in changed for leaf in group]
+    leaves = [*read_only, *held, *_batch_leaves(batch)]
+    return trace(step.function, (list(fixed), state, batch), leaves, results=held, name=name, stored=stored, like=like)
 
 
 def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str = "loss") -> Program:
@@ -156,10 +154,6 @@ def tree_leaves(tree, role: str, alone: str, prefix: str = "") -> list[Leaf]:
     found, _ = jax.tree_util.tree_flatten_with_path(tree)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
     return [Leaf(name=prefix + path if path else alone, role=role) for path in paths]
-
-
-def _variable_leaf(name: str, owner) -> Leaf:
-    return Leaf(name=name, role=owner.role, like=owner.path if owner.role == "slot" else "")
 
 
 def _batch_leaves(batch) -> list[Leaf]:

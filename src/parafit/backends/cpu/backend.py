@@ -15,10 +15,9 @@ from parafit.backends.cpu.recompute import drops_barriers, recomputed_in_loop
 from parafit.backends.cpu.rewrite import rewrite_jaxpr
 from parafit.backends.cpu.stored import stored
 from parafit.backends.cpu.versions import knows_memory
-from parafit.planner.program import Program
+from parafit.planner.program import Leaf, Program
 from parafit.support.host_memory import aligned
 from parafit.support.processor import processor_name
-from parafit.tracing.graph import Leaf
 
 LOOKED_UP_BYTES = 1 << 29
 """At most this much data is copied to be looked up by steps."""
