@@ -98,6 +98,13 @@ def test_only_support_uses_what_keras_and_jax_do_not_document():
             assert not [name for name in imports(path) if name.startswith(("keras.src", "jax._src"))], path
 
 
+def test_only_the_console_prints():
+    for path in FILES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert len(prints) == (module_name(path) == "parafit.execution.events"), path
+
+
 def test_only_one_module_knows_the_environment():
     for path in FILES:
         if module_name(path) != "parafit.support.environment":

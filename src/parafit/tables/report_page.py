@@ -20,7 +20,9 @@ _COLUMN_WORDS = (
 )
 
 
-def page_for(result: "TableModel", name: str, inputs: Inputs, settings: Settings, codes: np.ndarray, predictions: np.ndarray) -> str:
+def page_for(
+    result: "TableModel", name: str, inputs: Inputs, settings: Settings, told: list[str], codes: np.ndarray, predictions: np.ndarray
+) -> str:
     """The report as one HTML text.
 
     Args:
@@ -28,6 +30,7 @@ def page_for(result: "TableModel", name: str, inputs: Inputs, settings: Settings
         name: the table's name.
         inputs: the table as the network saw it.
         settings: how the network was trained.
+        told: what the run said: its price, the score of that, notices.
         codes: the truth of the test rows, encoded.
         predictions: what the network says of them: probabilities, or standardised quantities.
     """
@@ -38,7 +41,7 @@ def page_for(result: "TableModel", name: str, inputs: Inputs, settings: Settings
         Section(heading="Predictions of the test rows", pieces=_test_pieces(result, codes, predictions)),
         Section(heading="Training", pieces=_curves(result)),
         Section(heading="Columns", pieces=[*_columns(result, inputs), *map(html.text, result.notes)]),
-        Section(heading="Network and plan", pieces=_network(result, settings)),
+        Section(heading="Network and plan", pieces=[*_network(result, settings), *map(html.text, told)]),
     ]
     return html.page(f"{target.name} in {name}", lead, sections)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from parafit import api
 from parafit.errors import DataError, NonFiniteLossError
+from parafit.execution.events import Event, listening
 from parafit.planner.plan import Plan
 from parafit.planning import asked_for, plan_to_fit
 from parafit.tables import console, networks, report_page
@@ -104,7 +105,7 @@ def train(
     result = TableModel(model=net, preparation=preparation, plan=chosen_plan, **told)
     screen.scores(result, run.seconds)
     if out is not None:
-        report = report_page.page_for(result, read.name, prepared, settings, codes[split.test], predictions[split.test])
+        report = report_page.page_for(result, read.name, prepared, settings, run.told, codes[split.test], predictions[split.test])
         screen.written(write_folder(out, result, report, force=force))
     if run.error:
         raise run.error
@@ -115,6 +116,7 @@ def train(
 class _Run:
     history: Mapping[str, list[float]]
     seconds: float
+    told: list[str]
     stopped: str | None
     error: NonFiniteLossError | None
 
@@ -157,10 +159,11 @@ def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Se
 
     record = keras.callbacks.History()  # first, so that an epoch that is shown has been recorded
     best = keras.callbacks.EarlyStopping("val_loss", mode="min", patience=settings.patience, restore_best_weights=True)
+    events: list[Event] = []
     stopped = error = None
     started = time.perf_counter()
     try:
-        with screen.progress(settings.epochs) as progress:
+        with screen.progress(settings.epochs) as progress, listening(events.append):
             api.fit(
                 net,
                 inputs[split.train],
@@ -179,4 +182,5 @@ def _fit(net, inputs: np.ndarray, labels: np.ndarray, split: Split, settings: Se
     if stopped and best.best_weights is not None:
         net.set_weights(best.best_weights)
     history = {name: [float(value) for value in values] for name, values in record.history.items()}
-    return _Run(history=history, seconds=time.perf_counter() - started, stopped=stopped, error=error)
+    told = [event.words for event in events if event.words]
+    return _Run(history=history, seconds=time.perf_counter() - started, told=told, stopped=stopped, error=error)
