@@ -283,7 +283,7 @@ SHAPES = {
         (THREE, THREE[:, :1], THREE[:, 0]),
         r"would multiply arrays of shape .*compare sample_weight of every",
     ),
-    "y forgotten": (pair, (THREE,), r"from x of shape \(8, 3\): .*unpack.*test_nnx.py, line.*x alone: pass y"),
+    "y forgotten": (pair, (THREE,), r"from x of shape \(8, 3\): .*unpack.*test_flax.py, line.*x alone: pass y"),
     "rows for parts": (parts, (THREE,), r"reads single rows of its batch, which is x alone.*Pass y as well"),
     "narrow": (
         distance,
