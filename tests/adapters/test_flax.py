@@ -16,7 +16,7 @@ from parafit.errors import DataError, ModelError, NonFiniteLossError, PlanError
 nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")
 
 from parafit.nnx import Trainable  # noqa: E402
-from tests.zoo import programs  # noqa: E402
+from tests.models import programs  # noqa: E402
 
 ROWS, BATCH = 28, 16  # a batch of 16 and a short one of 12, which 8 devices do not divide
 

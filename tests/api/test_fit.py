@@ -9,7 +9,7 @@ import parafit
 from parafit import backends
 from parafit.backends.cpu.backend import CpuBackend
 from parafit.execution import compiled, runner
-from tests.zoo import ZOO, mlp
+from tests.models import ZOO, mlp
 
 
 def run_both(make, *, tolerance, fit=None, before=lambda model: None, evaluates=False):

@@ -18,7 +18,7 @@ from parafit.planner.layout import Layout, lay_out
 from parafit.planner.plan import Plan
 from parafit.planner.program import Tensor
 from parafit.planning import step_program
-from tests.zoo import programs
+from tests.models import programs
 
 MESH = {"data": 2, "tensor": 4}
 
