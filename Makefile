@@ -13,7 +13,7 @@ TESTS :=
 demo: $(VENV)/.parafit  ## train on the digits table; leaves out/digits with the model and report.html
 	$(RUN) -m parafit train examples/data/digits.csv.gz --target digit --out out/digits
 
-test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests; TESTS=tests/test_fit.py: those of a file
+test: $(VENV)/.test  ## the test suite and the doctests, but for the slow tests; TESTS=tests/planner: those of a room
 	$(RUN) -m pytest --numprocesses 2 -m 'not slow' $(TESTS)
 
 test-all: $(VENV)/.test  ## every test: a quarter of an hour more

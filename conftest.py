@@ -22,11 +22,13 @@ from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
 from parafit import backends
 from parafit.backends.cpu.backend import CpuBackend
-from parafit.calibration import calibrate, history
+from parafit.calibration import calibrate
+from parafit.support.environment import cache_directory
 
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("shared", deadline=None)  # other work on the machine is no failure
 hypothesis.settings.load_profile("shared")
+_CACHE = cache_directory().parent
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +39,25 @@ def _same_start():
 
 
 @pytest.fixture(autouse=True)
-def _own_residuals(monkeypatch, tmp_path_factory):
-    """Scores of the tests' fits stay out of the user's, and the user's calibration out of the tests."""
-    path = tmp_path_factory.mktemp("residuals") / "residuals.jsonl"
-    monkeypatch.setattr(history, "residuals_path", lambda: path)
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: False)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """Scores of the tests' fits stay out of the user's, and the user's calibration out of the tests. What takes long to make is shared."""
+    own = tmp_path_factory.mktemp("cache")
+    for name in ("matplotlib", "parafit/programs"):
+        (_CACHE / name).mkdir(parents=True, exist_ok=True)
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).symlink_to(_CACHE / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
+
+
+@pytest.fixture
+def calibrated():
+    """Counts this machine as calibrated from when it is called: with the numbers that it was found to have."""
+
+    def write():
+        calibrate.machine_path().parent.mkdir()
+        calibrate.machine_path().write_text(calibrate.detect().to_json())
+
+    return write
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from keras import callbacks as kc
 
 import parafit
 from parafit.adapters.keras_callbacks import batch_strides
-
-from .zoo import mlp
+from tests.models import mlp
 
 
 def both(make_callbacks, *, fit=None, read=lambda model, callbacks: None):

@@ -9,8 +9,7 @@ import pytest
 from keras import layers
 
 import parafit
-
-from .zoo import ZOO, mlp, programs
+from tests.models import ZOO, mlp, programs
 
 
 def trained(make, plan, **options):

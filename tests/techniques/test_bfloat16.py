@@ -12,8 +12,9 @@ from jax import lax
 from keras import layers
 
 import parafit
+from parafit import backends
+from parafit.backends.cpu.backend import CpuBackend
 from parafit.errors import PlanError
-from parafit.execution.compiled import CompiledSteps
 from parafit.techniques.bfloat16 import in_bfloat16
 
 BOUND = 1e-4
@@ -51,17 +52,25 @@ def weights(plan):
     return np.concatenate([weight.ravel() for weight in fit(plan, epochs=2)[0].get_weights()])
 
 
+class Reading(CpuBackend):
+    """Keeps the text of every program that it compiles."""
+
+    name = "reading"
+
+    def __init__(self):
+        self.texts = []
+
+    def compile(self, lowered, options):
+        self.texts.append(lowered.as_text())
+        return super().compile(lowered, options)
+
+
 @pytest.fixture
-def lowered(monkeypatch):
+def lowered():
     """The text of every program that is made."""
-    texts, make = [], CompiledSteps.__init__
-
-    def record(self, lowered, *rest):
-        texts.append(lowered.as_text())
-        make(self, lowered, *rest)
-
-    monkeypatch.setattr(CompiledSteps, "__init__", record)
-    return texts
+    backend = Reading()
+    with backends.using(backend):
+        yield backend.texts
 
 
 PRODUCT = re.compile(r"stablehlo\.(dot_general|convolution).*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>")

@@ -8,7 +8,7 @@ import pytest
 
 import parafit
 from parafit import planning
-from parafit.calibration import calibrate, history
+from parafit.calibration import history
 from parafit.errors import PlanError, ProgramError
 from parafit.execution.events import Planned, listening
 from parafit.planner.machine.machine import Machine, Matmul
@@ -122,8 +122,8 @@ def test_a_second_fit_traces_nothing(monkeypatch):
     assert len(traced) == 2
 
 
-def test_a_calibrated_machine_predicts_and_learns_from_what_it_said(monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+def test_a_calibrated_machine_predicts_and_learns_from_what_it_said(calibrated, capsys):
+    calibrated()
     model, (x, y) = network(8), data(64)
     parafit.fit(model, x, y, verbose=2)
     (first,) = history.load()

@@ -14,6 +14,7 @@ import parafit
 from parafit import backends
 from parafit.execution import compiled
 from parafit.nnx import Trainable
+from tests import models
 from tests.evenness import read_splits, uneven_lines
 
 MESH = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -175,13 +176,10 @@ def test_gradients_of_sorting_and_looking_up(read, dtype):
 
 @pytest.mark.parametrize("plan", ["data=2,tensor=2", "data=2,tensor=2,zero=3", "data=4,microbatches=2"])
 def test_batches_of_one_row(plan, capsys):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(3, 12)).astype("float32"), rng.integers(0, 3, 3)
     told = {}
     for each in ("single", plan):
         keras.utils.set_random_seed(5)
-        model = keras.Sequential([keras.Input((12,)), layers.Dense(16, "tanh"), layers.Dense(3, "softmax")])
-        model.compile("sgd", "sparse_categorical_crossentropy")
+        model, x, y = models.mlp(rows=3, optimizer="sgd")
         parafit.fit(model, x, y, batch_size=1, verbose=2, plan=each)
         told[each] = model.get_weights()
     assert "does not divide a batch of 1 row" in capsys.readouterr().out
@@ -192,14 +190,11 @@ def test_batches_of_one_row(plan, capsys):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("plan", ["data=3,microbatches=2", "data=8,microbatches=2", "data=4,zero=2,microbatches=3"])
 def test_microbatches_that_do_not_divide(plan):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(13, 12)), rng.integers(0, 3, 13)
     told = {}
     with read_splits() as splits:
         for each in ("single", plan):
             keras.utils.set_random_seed(5)
-            model = keras.Sequential([keras.Input((12,)), layers.Dense(16, "tanh"), layers.Dense(3, "softmax")])
-            model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+            model, x, y = models.mlp(rows=13)
             parafit.fit(model, x, y, batch_size=13, epochs=2, verbose=0, plan=each)
             told[each] = model.get_weights()
     assert splits.programs

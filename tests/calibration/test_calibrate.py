@@ -7,7 +7,8 @@ import re
 import stat
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -353,33 +354,35 @@ def test_residuals_need_no_jax():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_probes_are_compiled_and_timed_with_the_heap_as_a_fit_keeps_it(monkeypatch):
-    seen = []
+@dataclass
+class Watched:
+    """In the place of a probe: tells when it is compiled and timed."""
 
-    def watch(name):
-        original = getattr(probes.Probe, name)
+    kind: str
+    tell: Callable[[str, str], None]
+    seconds: float = 1.0
 
-        def watched(probe):
-            seen.append((name, malloc._compiling > 0, malloc._runs > 0))
-            return original(probe)
+    def compile(self):
+        self.tell("compile", self.kind)
 
-        monkeypatch.setattr(probes.Probe, name, watched)
+    def time(self):
+        self.tell("time", self.kind)
 
-    watch("compile")
-    watch("time")
+
+def test_probes_are_compiled_and_timed_with_the_heap_as_a_fit_keeps_it():
+    seen = set()
+    probe = Watched("elementwise", lambda name, _: seen.add((name, malloc._compiling > 0, malloc._runs > 0)))
     with backends.current().running():
-        calibrate._measure([probes._elementwise(2**10)], ends=0.0)
-    assert set(seen) == {("compile", True, True), ("time", False, True)}
+        calibrate._measure([probe], ends=0.0)
+    assert seen == {("compile", True, True), ("time", False, True)}
 
 
-def test_probes_of_a_kind_follow_each_other(monkeypatch):
+def test_probes_of_a_kind_follow_each_other():
     """A library's threads are awake then; see `Probe.seconds`."""
     timed = []
-    monkeypatch.setattr(probes.Probe, "compile", lambda probe: None)
-    monkeypatch.setattr(probes.Probe, "time", lambda probe: timed.append(probe.kind))
-    calibrate._measure([*probes._layer(2, 2, 2), *probes._layer(4, 4, 4)], ends=0.0)
-    first = timed[:6]
-    assert len({kind for kind, _ in itertools.groupby(first)}) == len(list(itertools.groupby(first))) == 3
+    calibrate._measure([Watched(kind, lambda name, kind: timed.append((name, kind))) for kind in 2 * ("a", "b", "c")], ends=0.0)
+    first = [kind for name, kind in timed if name == "time"][:6]
+    assert [kind for kind, _ in itertools.groupby(first)] == ["a", "b", "c"]
 
 
 def test_of_calls_of_a_library_the_lower_quartile_counts():

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""What the tests of the command line share."""
 
 import sys
 

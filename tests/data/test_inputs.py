@@ -20,17 +20,11 @@ from parafit.data.feed import Feed
 from parafit.data.source import Source
 from parafit.errors import BackendError, DataError, ModelError, NonFiniteLossError, ParafitError
 from parafit.execution.snapshot import Snapshot
+from tests.models import linear
 
 ROWS = 50
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
 Y = (X @ [1, -2, 3, 0.5]).astype("float32")[:, None]
-
-
-def linear():
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
-    model.compile("sgd", "mse")
-    return model
 
 
 def losses(run, x, y=None, **options):
@@ -195,7 +189,7 @@ def test_bad_data(name):
 
 
 def test_a_shape_the_model_does_not_take_names_both():
-    with pytest.raises(DataError, match=r"'sequential' takes arrays of shape \(rows, 4\), but x has shape \(rows, 3\)"):
+    with pytest.raises(DataError, match=r"'functional' takes arrays of shape \(rows, 4\), but x has shape \(rows, 3\)"):
         parafit.fit(linear(), X[:, :3], Y, batch_size=8, verbose=0)
 
 
@@ -253,7 +247,7 @@ def test_weights_that_a_gradient_spoilt_are_brought_back():
 def test_weights_that_are_nan_before_training_are_named():
     model = linear()
     model.compile("sgd", "mse")
-    model.layers[0].kernel.assign(np.full((4, 1), np.nan))
+    model.layers[-1].kernel.assign(np.full((4, 1), np.nan))
     with pytest.raises(NonFiniteLossError, match=r"Before training, these weights already were NaN or infinite: .*kernel\."):
         parafit.fit(model, X, Y, batch_size=8, verbose=0)
 

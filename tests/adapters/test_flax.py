@@ -16,7 +16,7 @@ from parafit.errors import DataError, ModelError, NonFiniteLossError, PlanError
 nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")
 
 from parafit.nnx import Trainable  # noqa: E402
-from tests.zoo import programs  # noqa: E402
+from tests.models import programs  # noqa: E402
 
 ROWS, BATCH = 28, 16  # a batch of 16 and a short one of 12, which 8 devices do not divide
 
@@ -283,7 +283,7 @@ SHAPES = {
         (THREE, THREE[:, :1], THREE[:, 0]),
         r"would multiply arrays of shape .*compare sample_weight of every",
     ),
-    "y forgotten": (pair, (THREE,), r"from x of shape \(8, 3\): .*unpack.*test_nnx.py, line.*x alone: pass y"),
+    "y forgotten": (pair, (THREE,), r"from x of shape \(8, 3\): .*unpack.*test_flax.py, line.*x alone: pass y"),
     "rows for parts": (parts, (THREE,), r"reads single rows of its batch, which is x alone.*Pass y as well"),
     "narrow": (
         distance,

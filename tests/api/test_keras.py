@@ -1,5 +1,6 @@
 """What Keras does beside training steps, parafit does: when hooks are called and data is drawn, what logs hold, which layers run."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from keras import layers
 import parafit
 from parafit.adapters.keras import KerasModel
 from parafit.errors import PlanError
+from tests import models
 
 ROWS = 52  # seven batches of 8, the last of 4
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype("float32")
@@ -19,12 +21,7 @@ Y = X[:, :1]
 QUIET: Any = {"verbose": 0}
 
 
-def linear(cls=keras.Model, **options) -> Any:
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,))
-    model = cls(inputs, layers.Dense(1)(inputs))
-    model.compile("sgd", "mse", metrics=["mae"], **options)
-    return model
+linear: Any = functools.partial(models.linear, metrics=["mae"])
 
 
 def both(use):

@@ -15,126 +15,29 @@ from parafit.errors import PlanError
 from parafit.planner.partition import Partition
 from parafit.planning import place
 from parafit.techniques.program import step_program
-from tests.zoo import own_train_step, programs
+from tests import models
+from tests.models import programs
 
 ROWS = 28  # a batch of 16 and a short one of 12, which 8 devices do not divide
 
 ADAM = functools.partial(keras.optimizers.Adam, 1e-2)
-
-
-def mlp():
-    return _classifier([layers.Dense(16, "relu"), layers.Dense(24, "tanh"), layers.Dense(8)], (12,))
-
-
-def normalised():
-    # No bias before a normalisation: its gradient is zero but for rounding, which Adam would blow up into an update.
-    hidden = [layers.Dense(16, use_bias=False), layers.BatchNormalization(), layers.Activation("relu"), layers.Dropout(0.3, seed=3)]
-    return _classifier([*hidden, layers.Dense(8)], (12,), keras.optimizers.RMSprop(1e-2, momentum=0.5))
-
-
-def regularised():
-    dense = layers.Dense(16, "tanh", kernel_regularizer=keras.regularizers.L2(1e-2), kernel_constraint=keras.constraints.MaxNorm(1.0))
-    return _classifier([dense, layers.Dense(8, bias_regularizer="l1")], (12,), keras.optimizers.SGD(1e-1, momentum=0.9, nesterov=True))
-
-
-def averaged():
-    return _classifier([layers.Dense(16, "relu"), layers.Dense(8)], (12,), ADAM(use_ema=True, ema_momentum=0.9, global_clipnorm=0.5))
-
-
-def convolutional():
-    hidden = [layers.Conv2D(8, 3, activation="relu"), layers.MaxPooling2D(), layers.Conv2D(16, 2), layers.GlobalAveragePooling2D()]
-    return _classifier([*hidden, layers.Dense(8)], (8, 8, 2))
-
-
-def lstm():
-    return _classifier([layers.LSTM(6, return_sequences=True), layers.LSTM(4), layers.Dense(16, "relu")], (5, 3))
-
-
-def gru():
-    return _classifier([layers.GRU(6), layers.Dense(16, "relu")], (5, 3), keras.optimizers.AdamW(1e-2, clipnorm=1.0))
-
-
-def embedded():
-    hidden = [layers.Embedding(24, 8), layers.GlobalAveragePooling1D(), layers.Dense(16, "relu")]
-    model = keras.Sequential([keras.Input((6,), dtype="int32"), *hidden, layers.Dense(3, "softmax")])
-    return _compiled(model, keras.optimizers.SGD(0.1)), _tokens(6, 24), _labels()
-
-
-def transformer(attention=lambda: layers.MultiHeadAttention(8, 2, dropout=0.1, seed=4)):
-    tokens = keras.Input((6,), dtype="int32")
-    hidden = layers.Embedding(20, 8)(tokens)
-    normal = layers.LayerNormalization()(hidden)
-    hidden = layers.Add()([hidden, attention()(normal, normal)])
-    inner = layers.Dense(16, "gelu")(layers.LayerNormalization()(hidden))
-    hidden = layers.Add()([hidden, layers.Dense(8)(inner)])
-    outputs = layers.Dense(3, "softmax")(layers.GlobalAveragePooling1D()(hidden))
-    return _compiled(keras.Model(tokens, outputs)), _tokens(6, 20), _labels()
-
-
-def grouped_queries():
-    # Without dropout Keras calls jax.nn.dot_product_attention, which rounds to float32 whatever the dtype.
-    return transformer(lambda: layers.GroupQueryAttention(2, 8, 4, dropout=0.1, seed=4))
-
-
-def many_inputs_and_outputs():
-    left, right = keras.Input((6,), name="left"), keras.Input((5,), name="right")
-    hidden = layers.Concatenate()([layers.Dense(8, "relu")(left), layers.Dense(8, "relu")(right)])
-    hidden = layers.Dense(16, "relu")(hidden)
-    kind, size = layers.Dense(3, "softmax", name="kind")(hidden), layers.Dense(1, name="size")(hidden)
-    model = keras.Model({"left": left, "right": right}, {"kind": kind, "size": size})
-    model.compile(
-        ADAM(),
-        {"kind": "sparse_categorical_crossentropy", "size": "mse"},
-        loss_weights={"kind": 1.0, "size": 0.5},
-        metrics={"kind": ["accuracy"], "size": ["mae"]},
-    )
-    rng = np.random.default_rng(0)
-    x = {"left": rng.normal(size=(ROWS, 6)), "right": rng.normal(size=(ROWS, 5))}
-    return model, x, {"kind": _labels(), "size": rng.normal(size=(ROWS, 1))}
-
-
-def skipping():
-    inputs = keras.Input((12,))
-    hidden = layers.Dense(16, "relu")(inputs)
-    hidden = layers.Add()([layers.Dense(12)(hidden), inputs])
-    model = keras.Model(inputs, layers.Dense(3, "softmax")(layers.Dense(8, "relu")(hidden)))
-    return _compiled(model, keras.optimizers.Adagrad(1e-1)), _numbers((12,)), _labels()
-
-
-class _Block(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.inner, self.back, self.outer = layers.Dense(16, "relu"), layers.Dense(12), layers.Dense(3, "softmax")
-
-    def call(self, x):
-        hidden = x + self.back(self.inner(x))
-        self.add_loss(1e-3 * keras.ops.mean(hidden**2))
-        return self.outer(hidden)
-
-
-def subclassed():
-    return _compiled(_Block()), _numbers((12,)), _labels()
-
-
-MODELS = {
-    make.__name__: make
-    for make in (
-        mlp,
-        normalised,
-        regularised,
-        averaged,
-        convolutional,
-        lstm,
-        gru,
-        embedded,
-        transformer,
-        grouped_queries,
-        many_inputs_and_outputs,
-        skipping,
-        subclassed,
-        own_train_step,
-    )
+NETWORKS = {
+    "deep": (models.deep, ADAM),
+    "normalised": (models.normalised, functools.partial(keras.optimizers.RMSprop, 1e-2, momentum=0.5)),
+    "constrained": (models.constrained, functools.partial(keras.optimizers.SGD, 1e-1, momentum=0.9, nesterov=True)),
+    "averaged": (models.deep, functools.partial(ADAM, use_ema=True, ema_momentum=0.9, global_clipnorm=0.5)),
+    "convolutional": (models.convolutional, ADAM),
+    "lstm": (models.lstm, ADAM),
+    "gru": (models.gru, functools.partial(keras.optimizers.AdamW, 1e-2, clipnorm=1.0)),
+    "embedded": (models.embedded, functools.partial(keras.optimizers.SGD, 0.1)),
+    "transformer": (models.transformer_block, ADAM),
+    "grouped_queries": (models.grouped_queries, ADAM),
+    "many_inputs_and_outputs": (models.many_inputs_and_outputs, ADAM),
+    "skipping": (models.skipping, functools.partial(keras.optimizers.Adagrad, 1e-1)),
+    "subclassed": (models.subclassed, ADAM),
+    "own_train_step": (models.own_train_step, ADAM),
 }
+"""By name: how a network is made, and its optimizer."""
 LAYOUTS = (
     "data=8",
     "tensor=8",
@@ -154,35 +57,40 @@ COUPLED = {
     "own_train_step": "this model's class has its own 'train_step'",
 }
 QUICK = {
-    ("mlp", "data=8"),
-    ("mlp", "tensor=8"),
+    ("deep", "data=8"),
+    ("deep", "tensor=8"),
     ("transformer", "data=2,tensor=4"),
     ("convolutional", "data=4,tensor=2"),
     ("averaged", "data=8,zero=1"),
     ("normalised", "data=8,zero=2"),
     ("skipping", "data=8,zero=3"),
-    ("regularised", "data=2,tensor=4,zero=3"),
+    ("constrained", "data=2,tensor=4,zero=3"),
     ("embedded", "data=8,zero=3,store_group=4"),
     ("many_inputs_and_outputs", "microbatches=4"),
     ("subclassed", "data=2,tensor=2,microbatches=3"),
     ("gru", "recompute=blocks"),
-    ("mlp", "data=4,zero=2,microbatches=2,recompute=blocks"),
+    ("deep", "data=4,zero=2,microbatches=2,recompute=blocks"),
     ("own_train_step", "data=8,zero=2"),
 }
 
 
 def cases():
-    for name in MODELS:
+    for name in NETWORKS:
         for plan in (*LAYOUTS, *INSIDE):
             refused = name in COUPLED and ("microbatches" in plan or (name == "own_train_step" and "recompute" in plan))
             if not refused:
                 yield pytest.param(name, plan, marks=() if (name, plan) in QUICK else pytest.mark.slow, id=f"{name}-{plan}")
 
 
-def trained(make, plan, batch_size=16, **options):
+def made(name):
+    build, optimizer = NETWORKS[name]
+    return build(rows=ROWS, optimizer=optimizer())
+
+
+def trained(name, plan, batch_size=16, **options):
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(11)
-    model, x, y = make()
+    model, x, y = made(name)
     history = parafit.fit(model, x, y, plan=plan, verbose=0, batch_size=batch_size, epochs=2, **options)
     scores = parafit.evaluate(model, x, y, batch_size=ROWS, verbose=0, return_dict=True, plan=plan)
     outputs = parafit.predict(model, x, batch_size=ROWS, verbose=0, plan=plan)
@@ -192,7 +100,7 @@ def trained(make, plan, batch_size=16, **options):
 
 @functools.cache
 def on_one_device(name):
-    return trained(MODELS[name], "single")
+    return trained(name, "single")
 
 
 def assert_same(ours, theirs):
@@ -204,28 +112,28 @@ def assert_same(ours, theirs):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("name", "plan"), list(cases()))
 def test_a_plan_gives_the_numbers_of_one_device(name, plan):
-    assert_same(trained(MODELS[name], plan), on_one_device(name))
+    assert_same(trained(name, plan), on_one_device(name))
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_layout_that_is_broken_on_purpose_fails_the_comparison(monkeypatch):
-    reference, spoiled = on_one_device("mlp"), parafit.placement.Placement.bring_home
+    reference, spoiled = on_one_device("deep"), parafit.placement.Placement.bring_home
     monkeypatch.setattr(parafit.placement.Placement, "bring_home", lambda self, array: spoiled(self, array) * (1 + 1e-9))
     with pytest.raises(AssertionError):
-        assert_same(trained(mlp, "data=2,tensor=4"), reference)
+        assert_same(trained("deep", "data=2,tensor=4"), reference)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("plan", ["data=2,tensor=2", pytest.param("microbatches=3", marks=pytest.mark.slow)])
 def test_sample_weights_and_validation(plan):
     weights = np.random.default_rng(5).uniform(size=ROWS)
-    one, many = (trained(mlp, each, sample_weight=weights, validation_split=0.25, batch_size=5) for each in ("single", plan))
+    one, many = (trained("deep", each, sample_weight=weights, validation_split=0.25, batch_size=5) for each in ("single", plan))
     assert_same(many, one)
 
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_batches_that_cannot_be_cut_are_refused(name):
-    model, x, y = MODELS[name]()
+    model, x, y = made(name)
     with pytest.raises(PlanError, match=COUPLED[name]):
         parafit.fit(model, x, y, plan="microbatches=2", verbose=0)
 
@@ -253,7 +161,7 @@ def test_a_loss_that_divides_by_sums_over_the_batch_is_found_out(loss):
     model.compile("sgd", loss)
     labels = np.random.default_rng(0).integers(0, 2, (8, 3))
     with pytest.raises(PlanError, match="it sums over the batch, or ties its rows"):
-        parafit.fit(model, _numbers((4,))[:8], labels, plan="microbatches=2", verbose=0)
+        parafit.fit(model, np.random.default_rng(0).normal(size=(8, 4)), labels, plan="microbatches=2", verbose=0)
 
 
 REFUSED = {
@@ -266,13 +174,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("plan", REFUSED)
 def test_refuses(plan):
-    model, x, y = mlp()
+    model, x, y = made("deep")
     with pytest.raises(PlanError, match=REFUSED[plan]):
         parafit.fit(model, x, y, plan=plan, verbose=0)
 
 
 def test_refuses_a_dim_that_the_model_does_not_have():
-    model, x, y = mlp()
+    model, x, y = made("deep")
     plan = parafit.Plan(axes={"tensor": 2}, compute={"ffn": "tensor"})
     with pytest.raises(PlanError, match="maps 'ffn' to axis 'tensor', but 'sequential' has no such dim: it has"):
         parafit.fit(model, x, y, plan=plan, verbose=0)
@@ -309,43 +217,21 @@ def test_recomputation_saves_memory_and_leaves_the_numbers():
 def test_a_plan_may_leave_devices_idle():
     """Seven of eight, which divide both batches, and say so; five of eight, which divide neither."""
     for plan in ("data=7", "data=5"):
-        assert_same(trained(mlp, plan, batch_size=14), trained(mlp, "single", batch_size=14))
+        assert_same(trained("deep", plan, batch_size=14), trained("deep", "single", batch_size=14))
 
 
 def test_a_batch_that_is_not_split_is_said(capsys):
-    model, x, y = mlp()
+    model, x, y = made("deep")
     parafit.fit(model, x, y, plan="data=8", batch_size=14, verbose=2)
     text = "data=8 does not divide a batch of 14 rows: every device computes all of them, 8 times its part (8 or 16 rows would be split)"
     assert text in capsys.readouterr().out
 
 
 def test_the_model_is_left_whole_on_one_device():
-    model, x, y = mlp()
+    model, x, y = made("deep")
     parafit.fit(model, x, y, plan="data=2,tensor=2,zero=3", verbose=0)
     assert {device for variable in model.variables for device in variable.value.devices()} == {jax.devices()[0]}
     model.fit(x, y, verbose=0)
-
-
-def _classifier(hidden, shape, optimizer=None):
-    model = keras.Sequential([keras.Input(shape), *hidden, layers.Dense(3, "softmax")], name="sequential")
-    return _compiled(model, optimizer), _numbers(shape), _labels()
-
-
-def _compiled(model, optimizer=None):
-    model.compile(optimizer or ADAM(), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    return model
-
-
-def _numbers(shape):
-    return np.random.default_rng(0).normal(size=(ROWS, *shape))
-
-
-def _tokens(length, vocabulary):
-    return np.random.default_rng(0).integers(0, vocabulary, (ROWS, length)).astype("int32")
-
-
-def _labels():
-    return np.random.default_rng(1).integers(0, 3, ROWS).astype("int32")
 
 
 @pytest.mark.parametrize("plan", ["data=8,zero=1", "data=8,zero=3", "data=4,tensor=2,zero=1", "data=8,zero=1,store_group=4"])

@@ -1,5 +1,6 @@
 """Training on tables and predicting: tasks, networks, the folder, the split, and what stops a run."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,13 +16,15 @@ from sklearn import metrics
 
 from parafit import Plan, api, planning, tables
 from parafit.errors import DataError, ModelError, NonFiniteLossError, OutputError, PlanError
-from parafit.tables import model_folder, networks, prediction
+from parafit.tables import model_folder, networks
 from parafit.tables.networks import choose_settings
 from parafit.tables.scores import score
 from parafit.tables.target import Classes, Quantity
 from parafit.tables.training import split_rows
 
 ROWS = 120
+PART_ROWS = 1 << 16
+"""Rows of few columns that are predicted at once."""
 
 
 def flowers(rows=ROWS, seed=0):
@@ -103,16 +106,14 @@ def test_predictions_for_no_rows(trained):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".csv.gz", ".parquet", ".arrow", ".feather"])
-def test_files_are_predicted_in_parts_in_order(trained, tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(prediction, "_STEP_ROWS", 16)
-    monkeypatch.setattr(prediction, "_BATCH_BYTES", 1)
-    new = flowers(75, seed=2)
+def test_files_are_predicted_in_parts_in_order(trained, tmp_path, ending):
+    new = flowers(PART_ROWS + 75, seed=2)
     new.write_csv(tmp_path / "new.csv")
     out = tmp_path / f"out{ending}"
     notes = tables.predict_file(trained[1], tmp_path / "new.csv", out)
     read = {".csv": pl.read_csv, ".tsv": lambda path: pl.read_csv(path, separator="\t"), ".parquet": pl.read_parquet}
     written = read.get(ending.removesuffix(".gz"), pl.read_ipc)(out.read_bytes())
-    assert notes.rows == 75
+    assert notes.rows == len(new)
     assert written["prediction"].to_list() == tables.predict(trained[0], new)["prediction"].to_list()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", out.name]
 
@@ -252,13 +253,11 @@ def test_predictions_do_not_replace_their_table(trained, tmp_path, way):
     assert table.read_text() == "length,colour\n1.0,blue\n"
 
 
-def test_bad_cells_are_judged_over_the_whole_file(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(prediction, "_STEP_ROWS", 16)
-    monkeypatch.setattr(prediction, "_BATCH_BYTES", 1)
-    lines = ["1.0,blue"] * 40 + ["abc,blue"] * 3 + ["1.0,red"] * 5
+def test_bad_cells_are_judged_over_the_whole_file(trained, tmp_path):
+    lines = ["1.0,blue"] * PART_ROWS + ["abc,blue"] * 3 + ["1.0,red"] * 5
     (tmp_path / "new.csv").write_text("\n".join(["length,colour", *lines]) + "\n")
     notes = tables.predict_file(trained[1], tmp_path / "new.csv", tmp_path / "out.csv")
-    shown = "'abc' in line 42, 'abc' in line 43, 'abc' in line 44"
+    shown = ", ".join(f"'abc' in line {PART_ROWS + line}" for line in (2, 3, 4))
     assert notes.words()[0] == f"column length: cells that cannot be read, taken as missing: {shown}"
 
 
@@ -308,9 +307,13 @@ def test_a_model_that_came_during_training_is_kept(tmp_path):
     assert (tmp_path / "a-2" / "report.html").read_text() == "second"
 
 
-def test_a_failed_write_keeps_the_old_folder(tmp_path, monkeypatch):
-    result = train(epochs=1, out=tmp_path / "a")
-    monkeypatch.setattr(type(result.plan), "to_json", lambda plan: (_ for _ in ()).throw(OSError("no space left")))
+class FullDisk(Plan):
+    def to_json(self):
+        raise OSError("no space left")
+
+
+def test_a_failed_write_keeps_the_old_folder(tmp_path):
+    result = dataclasses.replace(train(epochs=1, out=tmp_path / "a"), plan=FullDisk())
     with pytest.raises(OutputError, match=r"no space left.*Nothing was replaced"):
         model_folder.write_folder(tmp_path / "a", result, "new", force=True)
     assert "Confusion" in (tmp_path / "a" / "report.html").read_text()

@@ -8,7 +8,7 @@ import pytest
 
 import parafit
 from parafit import planning
-from parafit.calibration import calibrate, history
+from parafit.calibration import history
 from parafit.errors import MachineError, ModelError
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
@@ -108,15 +108,14 @@ def test_machines_that_cannot_be_shown(run):
         assert message in err
 
 
-def test_report_of_past_fits(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "residuals.jsonl")
+def test_report_of_past_fits(run, tmp_path):
     code, _, err = run("report")
     assert code == 2
     assert "no fit was scored yet" in err
     fit = history.Residual(machine="m", model="net<1>", batch=32, plan="single", predicted_seconds=1.1e-3, measured_seconds=1e-3,
         predicted_bytes=2e6, measured_bytes=2.2e6, date="2026-01-01T00:00:00")  # fmt: skip
     for factor in (1, 2, 3):
-        history.append(dataclasses.replace(fit, measured_seconds=factor * 1e-3), tmp_path / "residuals.jsonl")
+        history.append(dataclasses.replace(fit, measured_seconds=factor * 1e-3))
     code, out, err = run("report", "--out", "page.html")
     assert (code, err) == (0, "")
     assert out.startswith("3 fits: step time off by 45 % (median), 63 % (most)")
@@ -125,14 +124,13 @@ def test_report_of_past_fits(run, tmp_path, monkeypatch):
     assert "net&lt;1&gt;" in html
 
 
-def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "residuals.jsonl")
+def test_a_fit_is_remembered_for_the_report(run, calibrated):
     x, y = np.ones((100, 20), "float32"), np.zeros(100, "int32")
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=0)
     assert history.load() == []
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
     assert history.load() == []  # timed, not predicted
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+    calibrated()
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
     (fit,) = history.load()
     assert (fit.batch, fit.plan) == (16, "single")
@@ -140,10 +138,9 @@ def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
     assert run("report")[0] == 0
 
 
-def test_a_place_that_cannot_be_written_costs_no_fit(monkeypatch, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "file" / "residuals.jsonl")
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+def test_a_place_that_cannot_be_written_costs_no_fit(calibrated, capsys):
+    calibrated()
+    history.residuals_path().with_name(".residuals.jsonl.lock").mkdir()
     parafit.fit(dense(), np.ones((100, 20), "float32"), np.zeros(100, "int32"), verbose=2)
     assert "could not be kept for `parafit report`" in capsys.readouterr().out
 

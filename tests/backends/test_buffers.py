@@ -23,7 +23,7 @@ from parafit.planner.program import BUFFERED
 from parafit.planner.search.memo import Prices
 from parafit.planning import keras_program
 from parafit.tracing.trace import trace, trace_step, tree_leaves
-from tests.zoo import ZOO
+from tests import models
 
 STEPS = 4
 as_traced = functools.partial(stored, lower=lambda closed: closed)
@@ -139,21 +139,16 @@ def test_a_step_of_what_is_rare_has_buffers():
     assert sum(buffer.bytes for buffer in program.buffers) > 5 * 4 * 32 * 16
 
 
-def classifier(hidden, *sizes):
-    model = keras.Sequential([keras.Input(sizes), *hidden, layers.Dense(5, "softmax")])
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    return model, np.zeros((32 * STEPS, *sizes), "float32"), np.zeros(32 * STEPS, "int32")
-
-
+classifier = functools.partial(models.classifier, rows=32 * STEPS)
 NETWORKS = {
     "convolutions and pools": lambda: classifier(
-        [layers.Conv2D(16, 3, padding="same", activation="relu"), layers.MaxPooling2D(), layers.Conv2D(8, 3), layers.Flatten()], 16, 16, 3
+        [layers.Conv2D(16, 3, padding="same", activation="relu"), layers.MaxPooling2D(), layers.Conv2D(8, 3), layers.Flatten()], (16, 16, 3)
     ),
-    "sequences": lambda: classifier([layers.Conv1D(32, 5, activation="relu"), layers.GlobalMaxPooling1D()], 40, 8),
-    "recurrent": lambda: classifier([layers.GRU(32)], 20, 8),
-    "dropout": lambda: classifier([layers.Dense(256, "relu"), layers.Dropout(0.5), layers.Dense(256, "gelu"), layers.Dropout(0.2)], 64),
-    "wide": lambda: classifier([layers.Dense(256, "relu"), layers.Dense(256, "gelu"), layers.BatchNormalization()], 64),
-    **ZOO,
+    "sequences": lambda: classifier([layers.Conv1D(32, 5, activation="relu"), layers.GlobalMaxPooling1D()], (40, 8)),
+    "recurrent": lambda: classifier([layers.GRU(32)], (20, 8)),
+    "dropout": lambda: classifier([layers.Dense(256, "relu"), layers.Dropout(0.5), layers.Dense(256, "gelu"), layers.Dropout(0.2)], (64,)),
+    "wide": lambda: classifier([layers.Dense(256, "relu"), layers.Dense(256, "gelu"), layers.BatchNormalization()], (64,)),
+    **models.ZOO,
 }
 
 
@@ -214,7 +209,7 @@ def test_what_a_jaxlib_of_which_nothing_is_known_holds_is_estimated(monkeypatch)
 
 
 def test_convolutions_are_not_given_to_the_library_that_runs_them_on_one_thread():
-    model, x, y = classifier([layers.Conv2D(64, 3, activation="relu"), layers.Flatten()], 24, 24, 32)  # XLA keeps small ones to itself
+    model, x, y = classifier([layers.Conv2D(64, 3, activation="relu"), layers.Flatten()], (24, 24, 32))  # XLA keeps small ones to itself
     _, step, block = traced(model, x, y)
     computations = compiled_steps(model, step, block, Placement(Plan())).text.split("\n}")
     assert any(" convolution(" in each for each in computations)
@@ -229,7 +224,7 @@ def test_the_order_that_holds_least_changes_no_value(monkeypatch):
         model, x, y = NETWORKS["dropout"]()
         _, step, block = traced(model, x, y)
         peak = compiled_steps(model, step, block, Placement(Plan())).peak_bytes
-        parafit.fit(model, np.random.default_rng(0).normal(size=x.shape), y, batch_size=32, epochs=2, verbose=0)
+        parafit.fit(model, x, y, batch_size=32, epochs=2, verbose=0)
         return peak, model.get_weights()
 
     (least, weights), (most, others) = fitted(True), fitted(False)

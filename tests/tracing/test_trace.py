@@ -23,7 +23,7 @@ from parafit.tracing.blocks import fold_blocks
 from parafit.tracing.dims import Dims
 from parafit.tracing.graph import Graph
 from parafit.tracing.trace import jaxpr_of, trace, trace_loss, trace_step
-from tests.zoo import ZOO
+from tests.models import ZOO
 
 ROWS = 16
 as_traced = functools.partial(stored, lower=lambda closed: closed)

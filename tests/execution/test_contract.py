@@ -19,7 +19,7 @@ from parafit.planner.plan import Plan
 from parafit.planner.program import Tensor
 from parafit.planning import place
 from parafit.techniques.program import step_program
-from tests.zoo import programs
+from tests.models import programs
 
 MESH = {"data": 2, "tensor": 4}
 
