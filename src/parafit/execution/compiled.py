@@ -103,6 +103,20 @@ def compiled_steps(keeper, step: Step, arrays, placement: Placement, *, seldom: 
 
 
 def _compiled_steps(step: Step, arrays, placement: Placement, seldom: bool) -> CompiledSteps:
+    traced, options = traced_steps(step, arrays, placement, seldom=seldom)
+    capacity = jax.tree.leaves(arrays)[0].shape[0]
+    return CompiledSteps(traced.lower(), options, traced.out_info[1].logs, capacity, placement)
+
+
+def traced_steps(step: Step, arrays, placement: Placement, *, seldom: bool) -> tuple[jax.stages.Traced, CompilerOptions]:
+    """The program of `CompiledSteps` before it is lowered, for these devices or for others, and options for the compiler.
+
+    Args:
+        step: what it runs.
+        arrays: a block's, or their shapes: each of shape (capacity, batch, ...), or a `Lookup`.
+        placement: where state and batches live.
+        seldom: whether compiling it will take longer than running it.
+    """
     fixed, state, arrays = shapes_of((step.read_fixed(), step.read(), arrays))
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
@@ -112,8 +126,7 @@ def _compiled_steps(step: Step, arrays, placement: Placement, seldom: bool) -> C
     stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.owners, (fixed, state))]
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
-    lowered = program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays)
-    return CompiledSteps(lowered, options, tally.logs, capacity, placement)
+    return program.trace(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), options
 
 
 def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) -> tuple[Callable, Any, CompilerOptions]:
