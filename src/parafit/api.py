@@ -45,7 +45,7 @@ def fit(
     validation_freq: int | list[int] = 1,
     plan: Plan | str = "auto",
 ):
-    """Train a model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
+    """Train a model: `keras.Model.fit`, in compiled groups of steps, on the devices of a plan.
 
     The arguments are those of `keras.Model.fit`, with the same meaning and the same results: for the same data and seed
     the history and the final weights are Keras' own, to rounding, on every plan.
@@ -55,6 +55,19 @@ def fit(
         x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
         y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
         batch_size: rows of one step over all devices together; 32 if not given.
+        epochs: passes over the data.
+        verbose: "auto" or 1: a progress bar; 2: a line an epoch; 0: nothing.
+        callbacks: a list of `keras.callbacks.Callback`.
+        validation_split: the last part of the rows, from 0 to 1, that is kept from training and evaluated after an epoch.
+        validation_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset, to be evaluated after an epoch; goes before `validation_split`.
+        shuffle: whether rows are drawn in a new order in every epoch; "batch" draws batches in a new order.
+        class_weight: weight of each class in the loss, by its number.
+        sample_weight: weight of each row in the loss, of shape (rows,).
+        initial_epoch: number of the first epoch, to go on where an earlier run ended; `epochs` is the number of the last.
+        steps_per_epoch: batches of an epoch; None: as many as there are.
+        validation_steps: batches of validation; None: all.
+        validation_batch_size: rows of a batch of validation; None: `batch_size`.
+        validation_freq: every how many epochs validation runs, or a list of their numbers.
         plan: "auto" (the fastest of this machine's plans, if it is worth it; see `find_plan`), a `Plan`, a text such as "data=8",
             or the path of a plan's JSON file.
 
@@ -161,6 +174,10 @@ def evaluate(
 
     Args and errors are those of `fit`.
 
+    Args:
+        steps: batches to take; None: as many as there are.
+        return_dict: whether to give a dict by name rather than a list.
+
     Returns:
         A list of numbers in Keras' order (a number if there is only the loss), or a dict by name with `return_dict=True`.
 
@@ -202,6 +219,9 @@ def predict(
     The model need not be compiled; it may be a bare Flax NNX module.
 
     Args and errors are those of `fit`.
+
+    Args:
+        steps: batches to take; None: as many as there are.
 
     Returns:
         NumPy arrays of shape (rows, ...) in the structure of the model's outputs.

@@ -96,6 +96,7 @@ def multiply_adds(step: Step, program: Callable[[], Program], rows: int) -> floa
     Args:
         step: what is to run.
         program: gives its program, of a batch of `rows`.
+        rows: of the batch.
     """
     least = float(step.weight_count * rows)
     if all(len(weight.shape) < _KERNEL_DIMS for weight in step.weights):
@@ -112,6 +113,12 @@ def foresee(runner: Runner, plan: Plan, arrays: Any, program: Callable[[], Progr
 
     Seconds come from the cost model, corrected by what fits took before, where this machine was calibrated and the plan's
     devices are its own; else a few steps are timed.
+
+    Args:
+        runner: the step on its devices.
+        plan: what it runs under.
+        arrays: of a block, each of shape (steps, batch, ...).
+        program: gives the step as it was traced.
     """
     compiled = runner.find(arrays)
     peak_bytes, seconds = compiled.peak_bytes, 0.0
@@ -140,7 +147,13 @@ def _say_undivided(program: Program, plan: Plan) -> None:
 
 
 def print_breaches(runner: Runner, arrays: Any, program: Callable[[], Program]) -> None:
-    """A line for whatever the compiled program does and the plan does not say."""
+    """A line for whatever the compiled program does and the plan does not say.
+
+    Args:
+        runner: the step on its devices.
+        arrays: of a block, each of shape (steps, batch, ...).
+        program: gives the step as it was traced.
+    """
     try:
         for row in runner.check(arrays, program()).broken:
             print(f"parafit: not in the plan: {row}")

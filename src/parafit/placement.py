@@ -99,15 +99,31 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(self._batch_axes)) if divides else self.replicated
 
     def stored(self, owner: Owner, array: Any) -> NamedSharding | None:
-        """Where an array of the state rests between steps."""
+        """Where an array of the state rests between steps.
+
+        Args:
+            owner: what the array is.
+            array: anything with its shape.
+        """
         return self._sharding(self.layout.store.get(owner.role, self.layout.compute).get(owner.path, ()), array.shape)
 
     def computed(self, owner: Owner, array: Any) -> NamedSharding | None:
-        """Where an array of the state is while operations read it; slots, which only the update reads, stay where they rest."""
+        """Where an array of the state is while operations read it; slots, which only the update reads, stay where they rest.
+
+        Args:
+            owner: what the array is.
+            array: anything with its shape.
+        """
         return self.stored(owner, array) if owner.role == "slot" else self._sharding(self.layout.compute.get(owner.path, ()), array.shape)
 
     def constrain(self, where: Callable[[Owner, Any], Any], owners: Any, arrays: Any) -> Any:
-        """Inside a program: bring arrays to where `stored` or `computed` says."""
+        """Inside a program: bring arrays to where a method says.
+
+        Args:
+            where: `stored` or `computed`.
+            owners: a tree of what the arrays are.
+            arrays: a tree of the same structure.
+        """
         if self.mesh is None:
             return arrays
         return jax.tree.map(lambda owner, array: jax.lax.with_sharding_constraint(array, where(owner, array)), owners, arrays)
@@ -117,7 +133,12 @@ class Placement:
         return arrays if self.mesh is None else jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), arrays)
 
     def put_state(self, owner: Owner, array: jax.Array) -> jax.Array:
-        """One array of the state, brought to where this plan keeps it."""
+        """One array of the state, brought to where this plan keeps it.
+
+        Args:
+            owner: what the array is.
+            array: whole, on any device.
+        """
         if self.mesh is not None:
             return jax.device_put(array, self.stored(owner, array))
         device = jax.devices()[0]

@@ -102,7 +102,10 @@ def keras_program(
 ) -> tuple[Program, frozenset[str]]:
     """The program of a model's training step, and the techniques that this model cannot run.
 
-    Args and errors are those of `find_plan`; `here`: the program is to run on this machine, whose compiler is known.
+    Args and errors are those of `find_plan`.
+
+    Args:
+        here: whether the program is to run on this machine, whose compiler is known.
     """
     import jax
 

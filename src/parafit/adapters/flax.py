@@ -109,7 +109,12 @@ class FlaxModel:
         return None
 
     def check(self, feed: Any, verb: str) -> bool:
-        """Try the module, or its loss, on shapes of batches that it has not met yet; see `parafit.adapters.checks.check`."""
+        """Try the module, or its loss, on shapes of batches that it has not met yet; see `parafit.adapters.checks.check`.
+
+        Args:
+            feed: a `parafit.data.feed.Feed`.
+            verb: "fit", "evaluate" or "predict".
+        """
         feed.inspect(lambda batch: self._try_out(batch, verb) or batch)
         if feed.knows_shapes:
             self._try_out(feed.shapes(), verb)

@@ -85,6 +85,7 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> Any:
+        """Steps in an epoch, None where the source does not tell."""
         return self._batches.steps_per_epoch
 
     @property

@@ -90,7 +90,14 @@ def _compile(backend: Backend, lowered, options: CompilerOptions):
 def compiled_steps(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> CompiledSteps:
     """The program for this step and blocks of these shapes, made once for as long as the model stays as it is.
 
-    Tracing happens here; compiling goes on in the background until the chunk is called. What runs `seldom` is compiled quickly.
+    Tracing happens here; compiling goes on in the background until the program is called. What runs seldom is compiled quickly.
+
+    Args:
+        keeper: the model's `Adapter.keeper`: the program is kept for as long as it lives.
+        step: what the program runs.
+        arrays: a block's: each of shape (capacity, batch, ...), or a `Lookup`.
+        placement: where state and batches live.
+        seldom: whether compiling it will take longer than running it.
     """
     key = (
         backends.current().name,

@@ -68,7 +68,15 @@ def train(
 
 
 def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict[str, float]:
-    """The loss and metrics of the model on the feed's one epoch, by name."""
+    """The loss and metrics of the model on the feed's one epoch, by name.
+
+    Args:
+        adapter: the model.
+        feed: the data.
+        callbacks: the run's.
+        pace: how many steps run between two looks at the callbacks.
+        placement: where it runs.
+    """
     model = adapter.model
     runner = Runner(adapter, adapter.test_step(), placement)
     runner.compile(feed.foreseen())
@@ -88,7 +96,15 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
 
 
 def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> Any:
-    """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs."""
+    """The model's outputs for the feed's one epoch: NumPy arrays of shape (rows, ...) in the structure of the outputs.
+
+    Args:
+        adapter: the model.
+        feed: the data.
+        callbacks: the run's.
+        pace: how many steps run between two looks at the callbacks.
+        placement: where it runs.
+    """
     model = adapter.model
     runner = Runner(adapter, adapter.predict_step(), placement)
     runner.compile(feed.foreseen())

@@ -100,7 +100,12 @@ class Pace:
         self.steps += steps
 
     def record(self, steps: int, seconds: float) -> None:
-        """Tell what the last group took."""
+        """Tell what the last group took.
+
+        Args:
+            steps: in the group.
+            seconds: from its start to its end.
+        """
         self.seconds += seconds
         self._last_steps, self._last_seconds_per_step = steps, max(seconds / steps, 1e-9)
 
@@ -134,7 +139,12 @@ class Runner:
             compiled_steps(self.adapter.keeper, self._step, block.arrays, self._placement, seldom=block.seldom)
 
     def find(self, arrays: Any, *, seldom: bool = False) -> CompiledSteps:
-        """The compiled program for a block of these arrays."""
+        """The compiled program for a block of these arrays.
+
+        Args:
+            arrays: each of shape (capacity, batch, ...), or a `Lookup`.
+            seldom: whether compiling the program will take longer than running it.
+        """
         known, compiled = self._found.get(id(arrays), (None, None))
         if known is arrays:  # buffers filled again
             return compiled
@@ -166,7 +176,12 @@ class Runner:
         return seconds
 
     def check(self, arrays: Any, program: Program) -> Report:
-        """What the compiled program for this block communicates, against what its plan says of the traced one."""
+        """What the compiled program for this block communicates, against what its plan says of the traced one.
+
+        Args:
+            arrays: each of shape (capacity, batch, ...), or a `Lookup`.
+            program: the step as it was traced.
+        """
         placement = self._placement
         if placement.mesh is None:
             return Report(rows=())

@@ -52,7 +52,12 @@ def buffers(graph: Graph, program: Program, arrays: Sequence[Array], results: Se
 
 
 def dim_names(graph: Graph, program: Program) -> dict[Any, str]:
-    """The program's names of the dims of a graph of the same step, as far as its arguments have them."""
+    """The program's names of the dims of a graph of the same step, as far as its arguments have them.
+
+    Args:
+        graph: of a step.
+        program: of the same step.
+    """
     return {
         graph.dims.major(dim): name for value in graph.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
     }

@@ -1,4 +1,10 @@
-"""What operations take on a calibrated device: between what was measured of it. Plain Python."""
+"""What operations take on a calibrated device: between what was measured of it. Plain Python.
+
+Args:
+    operation: of the program, and not of its update.
+    share: what of one run of it a device does.
+    nbytes: that a device moves in one run.
+"""
 
 import math
 from collections import Counter
@@ -74,7 +80,12 @@ class Measured:
         return share.flops / self.device.peak(self.precision)
 
     def product_of(self, result: Tensor, flops: float) -> tuple[float, ...]:
-        """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last."""
+        """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last.
+
+        Args:
+            result: what a convolution gives: a tensor with channels last.
+            flops: of one run on a device.
+        """
         size = self.partition.local_bytes(result) / result.itemsize
         columns = result.shape[-1] * self.partition.fraction(result.dims[-1:])
         return 1, size / columns, max(1.0, flops / 2 / size), columns
@@ -134,7 +145,11 @@ class Measured:
         return self.device.curve_seconds(near, nbytes) * max(1.0, slower)
 
     def far_seconds(self, kind: str, nbytes: float) -> float:
-        """Bytes that were last touched a whole step ago."""
+        """Bytes that were last touched a whole step ago.
+
+        Args:
+            kind: of operation, as the curves are named.
+        """
         reach = max(self.reach_bytes(), nbytes)
         return self.device.curve_seconds(kind, reach) * nbytes / reach
 
