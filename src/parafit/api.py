@@ -1,7 +1,7 @@
 """fit, evaluate and predict: read this first.
 
 Each does the same: check the model and the plan, make a feed from the data, let Keras build what is missing, and hand
-over to `run`, which runs whole chunks of steps in compiled programs and calls the callbacks between them.
+over to `execution.loop`, which runs whole chunks of steps in compiled programs and calls the callbacks between them.
 """
 
 import warnings
@@ -45,7 +45,7 @@ def fit(
     validation_freq: int | list[int] = 1,
     plan: Plan | str = "auto",
 ):
-    """Train a model: `keras.Model.fit`, in compiled groups of steps, on the devices of a plan.
+    """Train a model: `keras.Model.fit`, in compiled chunks of steps, on the devices of a plan.
 
     The arguments are those of `keras.Model.fit`, with the same meaning and the same results: for the same data and seed
     the history and the final weights are Keras' own, to rounding, on every plan.
@@ -55,7 +55,7 @@ def fit(
         x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
         y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
         batch_size: rows of one step over all devices together; 32 if not given.
-        epochs: passes over the data.
+        epochs: the run ends after so many, those before `initial_epoch` counted in.
         verbose: "auto" or 1: a progress bar; 2: a line an epoch; 0: nothing.
         callbacks: a list of `keras.callbacks.Callback`.
         validation_split: the last part of the rows, from 0 to 1, that is kept from training and evaluated after an epoch.
@@ -63,7 +63,7 @@ def fit(
         shuffle: whether rows are drawn in a new order in every epoch; "batch" draws batches in a new order.
         class_weight: weight of each class in the loss, by its number.
         sample_weight: weight of each row in the loss, of shape (rows,).
-        initial_epoch: number of the first epoch, to go on where an earlier run ended; `epochs` is the number of the last.
+        initial_epoch: epochs that an earlier run has done: counting goes on from there.
         steps_per_epoch: batches of an epoch; None: as many as there are.
         validation_steps: batches of validation; None: all.
         validation_batch_size: rows of a batch of validation; None: `batch_size`.

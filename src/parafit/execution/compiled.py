@@ -1,4 +1,4 @@
-"""Chunks: many steps of a model in one compiled program."""
+"""Many steps of a model in one compiled program."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +27,7 @@ _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compi
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tally:
-    """What one chunk hands on to the next.
+    """What one call of a program hands on to the next.
 
     Attributes:
         done: steps completed, int32.

@@ -91,6 +91,10 @@ class Programs:
     def put(self, key: str, program: bytes) -> None:
         """Keep a program; the oldest go where the folders become too large.
 
+        Args:
+            key: tells it from others.
+            program: its bytes.
+
         Raises:
             OSError: it cannot be written.
         """

@@ -1,7 +1,7 @@
 """`Cost`: what a plan takes on a machine, in named parts that add up. `price` works it out. Plain Python.
 
 Every operation takes the longer of its arithmetic and its memory traffic (the roofline), plus what starting it costs. Collectives
-follow from the layouts (`shares`) and take alpha-beta times (`collectives`); what runs beside computation is hidden as far as there is
+follow from the layouts (`partition`) and take alpha-beta times (`collectives`); what runs beside computation is hidden as far as there is
 computation to hide it. A pipeline of p stages, m microbatches and v chunks a stage idles (p - 1) / v microbatches (1F1B, Narayanan et
 al. 2021).
 """
