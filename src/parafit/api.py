@@ -55,19 +55,19 @@ def fit(
         x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
         y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
         batch_size: rows of one step over all devices together; 32 if not given.
-        epochs: the run ends after so many, those before `initial_epoch` counted in.
+        epochs: number of the epoch after which the run ends.
         verbose: "auto" or 1: a progress bar; 2: a line an epoch; 0: nothing.
         callbacks: a list of `keras.callbacks.Callback`.
-        validation_split: the last part of the rows, from 0 to 1, that is kept from training and evaluated after an epoch.
-        validation_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset, to be evaluated after an epoch; goes before `validation_split`.
+        validation_split: share of the rows, the last ones, that is held out of training and evaluated after an epoch.
+        validation_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset, evaluated after an epoch; overrides `validation_split`.
         shuffle: whether rows are drawn in a new order in every epoch; "batch" draws batches in a new order.
-        class_weight: weight of each class in the loss, by its number.
+        class_weight: weight of each class in the loss, by the class's number.
         sample_weight: weight of each row in the loss, of shape (rows,).
-        initial_epoch: epochs that an earlier run has done: counting goes on from there.
-        steps_per_epoch: batches of an epoch; None: as many as there are.
-        validation_steps: batches of validation; None: all.
-        validation_batch_size: rows of a batch of validation; None: `batch_size`.
-        validation_freq: every how many epochs validation runs, or a list of their numbers.
+        initial_epoch: number of epochs that an earlier run has done; this one trains for `epochs - initial_epoch`.
+        steps_per_epoch: number of batches in an epoch; None: as many as there are.
+        validation_steps: number of batches in a validation; None: all.
+        validation_batch_size: rows of a batch in a validation; None: `batch_size`.
+        validation_freq: number of epochs from one validation to the next, or a list of the epochs that end with one.
         plan: "auto" (the fastest of this machine's plans, if it is worth it; see `find_plan`), a `Plan`, a text such as "data=8",
             or the path of a plan's JSON file.
 
@@ -175,7 +175,7 @@ def evaluate(
     Args and errors are those of `fit`.
 
     Args:
-        steps: batches to take; None: as many as there are.
+        steps: number of batches to take; None: as many as there are.
         return_dict: whether to give a dict by name rather than a list.
 
     Returns:
@@ -221,7 +221,7 @@ def predict(
     Args and errors are those of `fit`.
 
     Args:
-        steps: batches to take; None: as many as there are.
+        steps: number of batches to take; None: as many as there are.
 
     Returns:
         NumPy arrays of shape (rows, ...) in the structure of the model's outputs.

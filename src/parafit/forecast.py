@@ -96,7 +96,7 @@ def multiply_adds(step: Step, program: Callable[[], Program], rows: int) -> floa
     Args:
         step: what is to run.
         program: gives its program, of a batch of `rows`.
-        rows: of the batch.
+        rows: number of rows in the batch.
     """
     least = float(step.weight_count * rows)
     if all(len(weight.shape) < _KERNEL_DIMS for weight in step.weights):
@@ -116,8 +116,8 @@ def foresee(runner: Runner, plan: Plan, arrays: Any, program: Callable[[], Progr
 
     Args:
         runner: the step on its devices.
-        plan: what it runs under.
-        arrays: of a block, each of shape (steps, batch, ...).
+        plan: the plan that it runs under.
+        arrays: arrays of a block, each of shape (steps, batch, ...).
         program: gives the step as it was traced.
     """
     compiled = runner.find(arrays)
@@ -151,7 +151,7 @@ def print_breaches(runner: Runner, arrays: Any, program: Callable[[], Program]) 
 
     Args:
         runner: the step on its devices.
-        arrays: of a block, each of shape (steps, batch, ...).
+        arrays: arrays of a block, each of shape (steps, batch, ...).
         program: gives the step as it was traced.
     """
     try:

@@ -103,7 +103,7 @@ class Placement:
 
         Args:
             owner: what the array is.
-            array: anything with its shape.
+            array: the array, or anything of its shape.
         """
         return self._sharding(self.layout.store.get(owner.role, self.layout.compute).get(owner.path, ()), array.shape)
 
@@ -112,7 +112,7 @@ class Placement:
 
         Args:
             owner: what the array is.
-            array: anything with its shape.
+            array: the array, or anything of its shape.
         """
         return self.stored(owner, array) if owner.role == "slot" else self._sharding(self.layout.compute.get(owner.path, ()), array.shape)
 
@@ -137,7 +137,7 @@ class Placement:
 
         Args:
             owner: what the array is.
-            array: whole, on any device.
+            array: the array, whole on any device.
         """
         if self.mesh is not None:
             return jax.device_put(array, self.stored(owner, array))

@@ -17,10 +17,10 @@ def callback_list(callbacks, model, *, verbose, epochs: int, steps: int | None, 
 
     Args:
         callbacks: a list, one callback, None, or a CallbackList.
-        model: what the callbacks see.
+        model: the model that the callbacks see.
         verbose: 0: no progress bar; else as Keras takes it.
-        epochs: that will run.
-        steps: in an epoch, None where nobody knows.
+        epochs: number of epochs that will run.
+        steps: number of steps in an epoch, None where nobody knows.
         history: whether `model.history` is to be written.
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):

@@ -209,7 +209,7 @@ def same_shape(shape: Shape, other: Shape) -> bool:
     """Whether shapes agree, numbers of rows and unknown lengths left out.
 
     Args:
-        shape, other: of arrays of shape (rows, ...), None for an unknown length.
+        shape, other: shapes of arrays, the number of rows first; None for an unknown length.
     """
     return len(shape) == len(other) and all(map(_alike, shape[1:], other[1:]))
 

@@ -50,8 +50,8 @@ class Backend:
         """The program. Call it inside `compiling`.
 
         Args:
-            lowered: a program.
-            options: what `compiler_options` gave for it.
+            lowered: the program before it is compiled.
+            options: what `compiler_options` gave for its step.
         """
         return lowered.compile(options or None)
 
@@ -103,7 +103,7 @@ class Backend:
         """An array in the dtype in which it will stay on the devices, ready to be put there.
 
         Args:
-            array: of shape (rows, ...).
-            dtype: of what stays on the devices.
+            array: an array of shape (rows, ...).
+            dtype: dtype of the array on the devices.
         """
         return np.asarray(array, dtype)

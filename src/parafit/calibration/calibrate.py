@@ -237,8 +237,8 @@ def reduction_seconds(size: int, nbytes: int) -> float:
     """An all-reduce in a compiled loop: the fastest of a few runs.
 
     Args:
-        size: how many devices.
-        nbytes: on each of them.
+        size: number of devices.
+        nbytes: bytes on each of them.
     """
     mesh = jax.make_mesh((size,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:size])
     split = jax.sharding.PartitionSpec("data")

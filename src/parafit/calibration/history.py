@@ -61,8 +61,8 @@ def append(residual: Residual, path: Path | None = None) -> None:
     """Keep one more residual; the oldest are dropped when the file becomes too large.
 
     Args:
-        residual: of one fit.
-        path: of the file; None: the user's own.
+        residual: what one fit was predicted to take, and took.
+        path: file of residuals; None: the user's own.
     """
     path = path or residuals_path()
     private_folder(path.parent)
@@ -88,8 +88,8 @@ def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
     """All residuals that can be read, oldest first.
 
     Args:
-        path: of the file; None: the user's own.
-        machine: the `machine_id` that residuals are wanted of; "": of all.
+        path: file of residuals; None: the user's own.
+        machine: `machine_id` of the machine whose residuals are wanted; "": those of all.
     """
     path = path or residuals_path()
     if not path.exists():

@@ -103,7 +103,7 @@ def plan_page(ranking: Ranking, instead: str | None = None) -> str:
     """A ranking as one self-contained HTML page: the plan, and plots of time and memory over its rivals.
 
     Args:
-        ranking: what a search found.
+        ranking: the plan that a search found, and its rivals.
         instead: a plan to compare with, as text.
 
     >>> from parafit.planner.networks import named

@@ -94,8 +94,8 @@ def compiled_steps(keeper, step: Step, arrays, placement: Placement, *, seldom: 
 
     Args:
         keeper: the model's `Adapter.keeper`: the program is kept for as long as it lives.
-        step: what the program runs.
-        arrays: a block's: each of shape (capacity, batch, ...), or a `Lookup`.
+        step: the step that the program runs.
+        arrays: arrays of a block, each of shape (capacity, batch, ...), or a `Lookup`.
         placement: where state and batches live.
         seldom: whether compiling it will take longer than running it.
     """
@@ -119,8 +119,8 @@ def traced_steps(step: Step, arrays, placement: Placement, *, seldom: bool) -> t
     """The program of `CompiledSteps` before it is lowered, for these devices or for others, and options for the compiler.
 
     Args:
-        step: what it runs.
-        arrays: a block's, or their shapes: each of shape (capacity, batch, ...), or a `Lookup`.
+        step: the step that the program runs.
+        arrays: arrays of a block, or their shapes, each of shape (capacity, batch, ...), or a `Lookup`.
         placement: where state and batches live.
         seldom: whether compiling it will take longer than running it.
     """

@@ -73,9 +73,9 @@ def evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Pla
     Args:
         adapter: the model.
         feed: the data.
-        callbacks: the run's.
-        pace: how many steps run between two looks at the callbacks.
-        placement: where it runs.
+        callbacks: the run's callbacks.
+        pace: says how many steps run before callbacks have control again.
+        placement: the plan on its devices.
     """
     model = adapter.model
     runner = Runner(adapter, adapter.test_step(), placement)
@@ -101,9 +101,9 @@ def predict(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Plac
     Args:
         adapter: the model.
         feed: the data.
-        callbacks: the run's.
-        pace: how many steps run between two looks at the callbacks.
-        placement: where it runs.
+        callbacks: the run's callbacks.
+        pace: says how many steps run before callbacks have control again.
+        placement: the plan on its devices.
     """
     model = adapter.model
     runner = Runner(adapter, adapter.predict_step(), placement)

@@ -103,8 +103,8 @@ class Pace:
         """Tell what the last group took.
 
         Args:
-            steps: in the group.
-            seconds: from its start to its end.
+            steps: number of steps in the group.
+            seconds: time from its start to its end.
         """
         self.seconds += seconds
         self._last_steps, self._last_seconds_per_step = steps, max(seconds / steps, 1e-9)
@@ -142,7 +142,7 @@ class Runner:
         """The compiled program for a block of these arrays.
 
         Args:
-            arrays: each of shape (capacity, batch, ...), or a `Lookup`.
+            arrays: arrays of a block, each of shape (capacity, batch, ...), or a `Lookup`.
             seldom: whether compiling the program will take longer than running it.
         """
         known, compiled = self._found.get(id(arrays), (None, None))
@@ -179,7 +179,7 @@ class Runner:
         """What the compiled program for this block communicates, against what its plan says of the traced one.
 
         Args:
-            arrays: each of shape (capacity, batch, ...), or a `Lookup`.
+            arrays: arrays of a block, each of shape (capacity, batch, ...), or a `Lookup`.
             program: the step as it was traced.
         """
         placement = self._placement

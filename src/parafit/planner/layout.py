@@ -105,7 +105,7 @@ def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
     """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it and it divides.
 
     Args:
-        tensor: with its dims.
+        tensor: a tensor with its dims.
         plan: its `compute` maps dims to axes.
     """
     spec: list[str | None] = [None] * len(tensor.shape)
@@ -177,8 +177,8 @@ def undivided(rows: int, plan: Plan) -> str:
     """What a plan does not split of a batch, in words, and which sizes near by it would split; "" where it splits all of it.
 
     Args:
-        rows: of a global batch.
-        plan: what splits it.
+        rows: number of rows of a global batch.
+        plan: the plan that splits it.
 
     >>> undivided(127, Plan.parse("data=8"))
     'data=8 does not divide a batch of 127 rows: every device computes all of them, 8 times its part (120 or 128 rows would be split)'
@@ -205,7 +205,7 @@ def axis_size(plan: Plan, axis: str | None) -> int:
     """How many parts an entry of a `Spec` makes of its dimension.
 
     Args:
-        plan: it knows the sizes of its axes.
+        plan: the plan, which knows the sizes of its axes.
         axis: an axis of the plan, `GROUP`, or None for a dimension that is whole.
     """
     if axis is None:

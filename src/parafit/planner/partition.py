@@ -125,8 +125,8 @@ class Partition:
         """The dim that is split along an axis, or "".
 
         Args:
-            dims: of a tensor or an operation.
-            axis: of the mesh.
+            dims: dims of a tensor or an operation.
+            axis: name of a mesh axis.
         """
         for dim in self._orders[axis]:
             if dim in dims:

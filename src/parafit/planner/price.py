@@ -25,9 +25,9 @@ class Price:
         """The line printed before a run.
 
         Args:
-            plan: what will run.
-            steps: in an epoch.
-            epochs: that will run.
+            plan: the plan that will run.
+            steps: number of steps in an epoch.
+            epochs: number of epochs that will run.
 
         >>> price = Price(seconds_per_step=2e-4, peak_bytes=3 << 20, compiled_bytes=3 << 20, modelled_seconds=1.9e-4)
         >>> price.announce(Plan.parse("data=8"), steps=100, epochs=5)

@@ -51,9 +51,9 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The whole page as HTML text.
 
     Args:
-        title: of the page.
+        title: title of the page.
         lead: a sentence under it.
-        sections: in order.
+        sections: sections in their order.
 
     >>> "<h2>Scores</h2>" in page("digits", "a run", [Section(heading="Scores", pieces=[text("good")])])
     True
@@ -113,10 +113,10 @@ def line_plot(title: str, curves: Mapping[str, Sequence[float]], x_label: str, m
     """Curves over 1, 2, 3, …, as inline SVG.
 
     Args:
-        title: of the plot.
+        title: title of the plot.
         curves: values by name; two at most.
-        x_label: of the axis.
-        marked: where a vertical line stands.
+        x_label: label of the horizontal axis.
+        marked: place of a vertical line.
     """
 
     def draw(axes):
@@ -135,7 +135,7 @@ def confusion_plot(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> st
     """How often each true class (row) was taken for each class (column), as inline SVG; shades are shares of the row.
 
     Args:
-        labels: of the classes.
+        labels: labels of the classes.
         counts: a row for each true class, a column for each predicted one.
     """
     shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
@@ -186,10 +186,10 @@ def parts_plot(title: str, bars: Mapping[str, Mapping[str, float]], unit: str, s
     """One bar for each name, cut into its parts, as inline SVG; all but the seven largest parts are one.
 
     Args:
-        title: of the plot.
-        bars: parts by name, for each bar by name.
-        unit: of the axis.
-        scale: from the values to the unit.
+        title: title of the plot.
+        bars: for each bar, by name, its parts by name.
+        unit: unit of the axis.
+        scale: factor from the values to the unit.
     """
     totals: dict[str, float] = {}
     for parts in bars.values():
@@ -217,7 +217,7 @@ def points_plot(title: str, points: Mapping[str, tuple[float, float]], limit: fl
     """Named points of memory and time, a line through those that nothing beats in both, and its end, as inline SVG.
 
     Args:
-        title: of the plot.
+        title: title of the plot.
         points: (memory in GiB, step in ms) by name.
         limit: a device's memory in GiB.
     """
@@ -244,7 +244,7 @@ def shorten(words: str, most: int = 16) -> str:
 
     Args:
         words: any text.
-        most: characters.
+        most: number of characters.
     """
     return words if len(words) <= most else words[: most - 1] + "…"
 

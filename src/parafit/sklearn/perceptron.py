@@ -95,7 +95,7 @@ class Trainer:
         """Train on every row once in each of these orders; yields the mean loss of a row after each epoch.
 
         Args:
-            orders: of all row numbers, one for each epoch.
+            orders: for each epoch, all row numbers in the order in which rows are met.
             ahead: whether the devices compute an epoch while the caller looks at the loss of the one before; if the caller then
                 stops, that epoch is dropped.
         """
@@ -200,11 +200,11 @@ def run_full_batch(network: Network, placement: Placement, packed, block: Rows, 
     """Loss and packed gradient of all rows.
 
     Args:
-        network: what is computed.
-        placement: where.
+        network: the network.
+        placement: the plan on its devices.
         packed: all weights in one vector.
         block: all rows, as one batch of shape (1, rows, ...).
-        alpha: weight of the L2 penalty.
+        alpha: strength of the L2 penalty.
     """
     batch = placement.split_batch(jax.tree.map(lambda column: column[0], block))
     loss, gradient = _loss_and_gradient(network, _unpack(network, packed), batch, alpha)

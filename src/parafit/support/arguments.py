@@ -38,8 +38,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint to what was meant, to be added to a message; "" where nothing is close.
 
     Args:
-        word: what was written.
-        known: what could have been.
+        word: the word that was written.
+        known: the words that could have been meant.
 
     >>> did_you_mean("h100x9", ["a100x8", "h100x8"])
     " Did you mean 'h100x8'?"

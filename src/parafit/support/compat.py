@@ -72,8 +72,8 @@ def should_validate(model, epoch: int, frequency) -> bool:
     """Whether `validation_freq` asks for validation. Keras 3.15: private; an int, a list, or Keras' own error.
 
     Args:
-        epoch: its number, from 0.
-        frequency: every how many epochs, or a list of their numbers, from 1.
+        epoch: number of the epoch, from 0.
+        frequency: number of epochs from one validation to the next, or a list of epochs' numbers, from 1.
     """
     return keras.Model._should_eval(model, epoch, frequency)
 
@@ -100,7 +100,7 @@ def write_variable(variable, value) -> None:
     """Let a variable hold this array; see `read_variable`.
 
     Args:
-        variable: of Keras.
+        variable: a Keras variable.
         value: an array of its shape and dtype.
     """
     variable._direct_assign(value)
@@ -215,7 +215,7 @@ def update_metrics(model, metrics, loss, predictions, batch) -> Any:
 
     Args:
         metrics: arrays of the metrics' variables.
-        loss: of the batch.
+        loss: the batch's loss.
         predictions: the model's outputs for it.
     """
     x, y, sample_weight = unpack(batch)

@@ -42,7 +42,7 @@ def private_folder(root: Path, *names: str) -> Path:
 
     Args:
         root: the first folder that is made private.
-        names: of folders, each in the one before.
+        names: names of folders, each in the one before.
 
     Raises:
         OSError: it cannot be made, or is somebody else's, who could put anything into it.

@@ -71,7 +71,7 @@ def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
     """Call `then` with a package when it has been imported, at once if it is.
 
     Args:
-        name: of the package.
+        name: name of the package.
         then: takes the package.
     """
     if name in sys.modules:

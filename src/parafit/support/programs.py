@@ -92,8 +92,8 @@ class Programs:
         """Keep a program; the oldest go where the folders become too large.
 
         Args:
-            key: tells it from others.
-            program: its bytes.
+            key: what tells the program from others.
+            program: the program's bytes.
 
         Raises:
             OSError: it cannot be written.

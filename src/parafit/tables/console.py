@@ -33,7 +33,7 @@ class Screen:
         """Say what was read and what becomes of each column.
 
         Args:
-            name: of the table.
+            name: name of the table.
             frame: the table.
             preparation: what was learnt of it.
             notes: what else there is to say, a line each.
@@ -61,8 +61,8 @@ class Screen:
 
         Args:
             model: a built Keras model.
-            settings: of the training.
-            plan: the devices.
+            settings: settings of the training.
+            plan: the plan it runs under.
             split: the rows.
         """
         widths = " → ".join(str(width) for width in layer_widths(model))
@@ -96,7 +96,7 @@ class Screen:
 
         Args:
             result: the trained model with its scores.
-            seconds: that training took.
+            seconds: time that training took.
         """
         epochs = len(result.history.get("loss", ()))
         if result.stopped:

@@ -50,7 +50,7 @@ def check_folder(folder: "str | Path", *, force: bool = False) -> None:
     """Find out, before any work, whether `write_folder` will be able to write here.
 
     Args:
-        folder: where the model is to be.
+        folder: place of the model.
         force: whether it may replace a model.
 
     Raises:
@@ -71,7 +71,7 @@ def write_folder(folder: "str | Path", result: TableModel, report_html: str, *, 
     Without `force`, a model that came there during training stays, and the folder gets the next free name.
 
     Args:
-        folder: where the model is to be.
+        folder: place of the model.
         result: the model with all that was learnt and measured.
         report_html: the report, as text.
         force: whether it may replace a model.

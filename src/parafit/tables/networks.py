@@ -44,7 +44,7 @@ def choose_settings(rows: int, task: str, *, epochs: int | None = None, batch_si
     About 8,000 steps are enough for small tables; large ones are seen at least 15 times.
 
     Args:
-        rows: of training.
+        rows: number of training rows.
         task: "classification" or "regression".
         epochs, batch_size: as the user chose them; None: chosen here.
 
@@ -70,10 +70,10 @@ def default_network(input_size: int, target: Target, settings: Settings, rows: i
     """A compiled Keras model: dense ReLU layers with dropout, and one linear output for each class, or one.
 
     Args:
-        input_size: the network's inputs.
-        target: what it predicts.
-        settings: of the training.
-        rows: of training.
+        input_size: number of the network's inputs.
+        target: the target that it predicts.
+        settings: settings of the training.
+        rows: number of training rows.
     """
     import keras
 
@@ -95,10 +95,10 @@ def load_network(path: "str | Path", input_size: int, target: Target, settings: 
             model. It is called with `(inputs,)` and the number of classes, or 1 for regression. The model maps
             (rows, inputs) to (rows, output_size): a class score each, or probabilities if its last layer is a softmax;
             for regression the standardised target. If it is compiled, that stays as it is.
-        input_size: inputs that the table gives.
-        target: what is to be predicted.
-        settings: of the training.
-        rows: of training.
+        input_size: number of inputs that the table gives.
+        target: the target to predict.
+        settings: settings of the training.
+        rows: number of training rows.
 
     Raises:
         ModelError: the file cannot be used, or its network does not fit the table.
@@ -151,8 +151,8 @@ def check_network(model: Any, input_size: int, target: Target) -> None:
 
     Args:
         model: a Keras model.
-        input_size: inputs that the table gives.
-        target: what is to be predicted.
+        input_size: number of inputs that the table gives.
+        target: the target to predict.
     """
     _check_known_layers(model)
     if not model.built:
@@ -176,8 +176,8 @@ def encode_labels(model: Any, target: Target, codes: np.ndarray) -> np.ndarray:
 
     Args:
         model: a compiled Keras model.
-        target: what it predicts.
-        codes: of shape (rows,): class numbers, or quantities.
+        target: the target that it predicts.
+        codes: class numbers, or quantities, of shape (rows,).
     """
     if target.task == "regression" or "sparse" in _loss_name(model):
         return codes
@@ -189,8 +189,8 @@ def to_predictions(model: Any, target: Target, outputs: np.ndarray) -> np.ndarra
 
     Args:
         model: a Keras model.
-        target: what it predicts.
-        outputs: of shape (rows, output_size), as the model gives them.
+        target: the target that it predicts.
+        outputs: the model's outputs, of shape (rows, output_size).
     """
     outputs = np.asarray(outputs, np.float64)
     if target.task == "regression" or _last_activation(model) == "softmax":
@@ -217,9 +217,9 @@ def call_build_model(path: Path, input_size: int, output_size: int) -> Any:
     """The model that a Python file's `build_model((input_size,), output_size)` gives.
 
     Args:
-        path: of the file.
-        input_size: inputs that the table gives.
-        output_size: classes, or 1 for regression.
+        path: path of the file.
+        input_size: number of inputs that the table gives.
+        output_size: number of classes, or 1 for regression.
 
     Raises:
         ModelError: the file or its function fails, or gives no Keras model.

@@ -143,7 +143,7 @@ def check_columns(frame: "pl.DataFrame", names: list[str]) -> None:
 
     Args:
         frame: a table.
-        names: of the columns that it should have.
+        names: names of the columns that it should have.
     """
     import difflib
 

@@ -62,7 +62,7 @@ def some_of(words: list[str], count: int) -> str:
 
     Args:
         words: the first of them, at least as many as are shown.
-        count: of all.
+        count: number of all of them.
 
     >>> some_of(["'x' in row 1", "'y' in row 3"], 12)
     "'x' in row 1, 'y' in row 3, and 10 more"

@@ -43,9 +43,9 @@ def read_text(path: Path, suffix: str, rows: int) -> Iterator[Table]:
     header; both are counted.
 
     Args:
-        path: of the file.
+        path: path of the file.
         suffix: its format, such as ".csv".
-        rows: at most so many in one part.
+        rows: number of rows in a part, at most.
 
     Raises:
         DataError: with the line that cannot be read.
@@ -79,8 +79,8 @@ def check_column_names(names: list[str], where: str) -> None:
     """Raise DataError if two columns have one name.
 
     Args:
-        names: of the columns, in order.
-        where: what has them, in words.
+        names: names of the columns, in order.
+        where: the table, in words.
     """
     twice = [name for name, count in Counter(name.strip() for name in names).items() if count > 1 and name]
     if twice:
@@ -109,7 +109,7 @@ def repeated_headers(batch: "pl.DataFrame", header: list[str]) -> np.ndarray:
 
     Args:
         batch: some rows of a table.
-        header: the names of its columns.
+        header: names of its columns.
     """
     import polars as pl
 

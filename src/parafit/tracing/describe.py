@@ -21,7 +21,7 @@ def describe(graph: Graph, name: str, like: Program | None = None) -> Program:
 
     Args:
         graph: the step as traced.
-        name: of the program.
+        name: name of the program.
         like: a program of the same arguments.
     """
     attribute(graph)

@@ -7,9 +7,9 @@ result); a dim that appears on both sides is the same, n is a new one, and [n] i
 
 Args:
     dims: all dims of the step, where the rule ties and fixes them.
-    params: of the equation.
-    inputs: the dims of each operand.
-    shapes: of each result.
+    params: parameters of the equation.
+    inputs: dims of the operands.
+    shapes: shapes of the results.
 """
 
 from collections.abc import Callable

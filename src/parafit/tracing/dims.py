@@ -85,8 +85,8 @@ class Dims:
         """The dimensions of a row-major reshape: cut and joined where factors fit, else new ones, and the old ones fixed.
 
         Args:
-            dims: of the operand.
-            sizes: of the result.
+            dims: dimensions of the operand.
+            sizes: sizes of the result's dimensions.
         """
         result: list[int] = []
         for old, new in groups([self._sizes[dim] for dim in dims], sizes):

@@ -171,9 +171,9 @@ class Graph:
         """Called after every equation, at every depth: for those who look for something else than operations.
 
         Args:
-            equation: as traced.
-            inputs: what it reads.
-            outputs: what it gives.
+            equation: the equation as traced.
+            inputs: the values that it reads.
+            outputs: the values that it gives.
         """
 
     # Jaxprs within jaxprs ------------------------------------------------------------------------------------------------------------

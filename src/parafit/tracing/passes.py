@@ -92,7 +92,7 @@ class Exchange(Pass):
         """A call of another form in the place of an equation; equations that are alike share one traced form.
 
         Args:
-            equation: to be replaced.
+            equation: the equation to replace.
             form: a function of arrays like its operands, which gives what it gives.
         """
         key = equation.primitive, tuple((var.aval.shape, var.aval.dtype) for var in equation.invars), tuple(equation.params.items())

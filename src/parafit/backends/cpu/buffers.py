@@ -55,8 +55,8 @@ def dim_names(graph: Graph, program: Program) -> dict[Any, str]:
     """The program's names of the dims of a graph of the same step, as far as its arguments have them.
 
     Args:
-        graph: of a step.
-        program: of the same step.
+        graph: a step as a graph.
+        program: the same step as a program.
     """
     return {
         graph.dims.major(dim): name for value in graph.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name

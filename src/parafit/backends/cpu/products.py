@@ -106,8 +106,8 @@ def kernel_gradient(left: jax.Array, right: jax.Array, **options) -> jax.Array:
     """leftᵀ right, in the order of operations that XLA:CPU runs best.
 
     Args:
-        left: of shape (terms, rows).
-        right: of shape (terms, columns).
+        left: array of shape (terms, rows).
+        right: array of shape (terms, columns).
         options: `precision` and `preferred_element_type`, as in `jax.lax.dot_general`.
     """
     terms, rows = left.shape

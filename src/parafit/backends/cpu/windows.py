@@ -13,11 +13,11 @@ def strided(array: jax.Array, starts: Sequence[int], sizes: Sequence[int], strid
     """An array's entries at equal distances along several dimensions.
 
     Args:
-        array: of any shape.
-        starts: the first entry along each dimension.
-        sizes: how many entries.
-        strides: the distance from one to the next.
-        first: the first of the dimensions.
+        array: array of any shape.
+        starts: index of the first entry along each dimension.
+        sizes: number of entries along each dimension.
+        strides: distance from one entry to the next along each dimension.
+        first: index of the first of the dimensions.
     """
     for dim, (start, size, stride) in enumerate(zip(starts, sizes, strides), first):
         array = every(array, start, size, stride, dim)
@@ -28,10 +28,10 @@ def every(array: jax.Array, start: int, size: int, stride: int, dim: int) -> jax
     """`strided` along one dimension.
 
     Args:
-        array: of any shape.
-        start: the first entry.
-        size: how many entries.
-        stride: the distance from one to the next.
-        dim: the dimension.
+        array: array of any shape.
+        start: index of the first entry.
+        size: number of entries.
+        stride: distance from one entry to the next.
+        dim: index of the dimension.
     """
     return lax.slice_in_dim(array, start, start + (size - 1) * stride + 1, stride, dim)

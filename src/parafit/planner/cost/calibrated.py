@@ -1,9 +1,9 @@
 """What operations take on a calibrated device: between what was measured of it. Plain Python.
 
 Args:
-    operation: of the program, and not of its update.
-    share: what of one run of it a device does.
-    nbytes: that a device moves in one run.
+    operation: an operation of the program, but not of its update.
+    share: the part of one run of it that a device does.
+    nbytes: bytes that a device moves in one run of it.
 """
 
 import math
@@ -83,8 +83,8 @@ class Measured:
         """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last.
 
         Args:
-            result: what a convolution gives: a tensor with channels last.
-            flops: of one run on a device.
+            result: the tensor that a convolution gives, channels last.
+            flops: operations of one run on a device.
         """
         size = self.partition.local_bytes(result) / result.itemsize
         columns = result.shape[-1] * self.partition.fraction(result.dims[-1:])
@@ -148,7 +148,7 @@ class Measured:
         """Bytes that were last touched a whole step ago.
 
         Args:
-            kind: of operation, as the curves are named.
+            kind: kind of the operation, by the name of its curve.
         """
         reach = max(self.reach_bytes(), nbytes)
         return self.device.curve_seconds(kind, reach) * nbytes / reach

@@ -163,8 +163,8 @@ class Estimator:
         """The roofline of one run, or what was measured.
 
         Args:
-            operation: of the program.
-            share: what of one run of it a device does.
+            operation: an operation of the program.
+            share: the part of one run of it that a device does.
         """
         if self.measured:
             return self.measured.operation_seconds(operation, share)
@@ -174,8 +174,8 @@ class Estimator:
         """Seconds of the arithmetic of one run; 0 where memory alone decides.
 
         Args:
-            operation: of the program.
-            share: what of one run of it a device does.
+            operation: an operation of the program.
+            share: the part of one run of it that a device does.
         """
         if operation.kind == "attention":
             shares = self.software.attention or self.machine.device.attention
@@ -193,7 +193,7 @@ class Estimator:
 
         Args:
             exchange: the collective, with the bytes on a device.
-            beside: seconds.
+            beside: seconds of the computation.
         """
         taken = seconds(exchange.kind, exchange.bytes, self.partition.group(exchange.axis), self.machine)
         copied = self.software.overlap_tensor == "all"
@@ -204,7 +204,7 @@ class Estimator:
 
         Args:
             exchange: the collective.
-            operation: the one that needs it.
+            operation: the operation that needs it.
         """
         if exchange.axis != "tensor" or self.software.overlap_tensor != "independent":
             return exchange.axis == "tensor" and self.software.overlap_tensor == "all"
@@ -228,7 +228,7 @@ class Estimator:
         """Seconds by part of one microbatch on the first, the last and a middle stage.
 
         Args:
-            parts: seconds of a microbatch by place ("first", "blocks", "last") and part; of one block in "blocks".
+            parts: seconds of a microbatch by place ("first", "blocks", "last") and by part; those in "blocks" are of one block.
             hops: seconds that a microbatch takes from each stage to the next.
         """
         totals = {place: sum(times.values()) for place, times in parts.items()}
@@ -304,8 +304,8 @@ class Estimator:
         """Exposed seconds of reducing all gradients along an axis.
 
         Args:
-            axis: of the mesh.
-            nbytes: of all gradients on a device.
+            axis: name of a mesh axis.
+            nbytes: bytes of all gradients on a device.
             times: seconds of a step by part; backward ones hide the reduction.
         """
         summed = self.stages > 1 or self.software.sums_microbatches
@@ -328,8 +328,8 @@ class Estimator:
         """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them.
 
         Args:
-            axis: of the mesh.
-            nbytes: of the gradients on a device.
+            axis: name of a mesh axis.
+            nbytes: bytes of the gradients on a device.
         """
         group = self.partition.group(axis)
         if axis not in self.plan.store.values() or self.software.reduces_whole:
@@ -358,8 +358,8 @@ class Estimator:
         """Exposed seconds of gathering the parameters of all blocks, in every turn of a step.
 
         Args:
-            one: seconds for one block.
-            blocks: how many a device runs.
+            one: seconds that gathering one block takes.
+            blocks: number of blocks that a device runs.
             phase: "forward" or "backward": what the gathering runs beside, if the software does so.
             times: seconds of a step by part.
         """
@@ -375,7 +375,7 @@ class Estimator:
             taken: seconds of the collective by itself.
             least: seconds of the part that nothing runs beside.
             beside: seconds of the computation.
-            axis: of the mesh.
+            axis: name of a mesh axis.
         """
         inside, hosts = self.partition.group(axis).split(self.machine.devices_per_host)
         share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))

@@ -63,7 +63,7 @@ def is_compiled(program: Program, plan: Plan) -> bool:
 
     Args:
         program: the step.
-        plan: what splits it.
+        plan: the plan that splits it.
     """
     return bool(program.buffers) and plan.axes.get("pipeline", 1) == 1
 
@@ -89,7 +89,7 @@ def boundary(program: Program, operations: Sequence[Operation]) -> tuple[Tensor,
 
     Args:
         program: the step.
-        operations: those of it that may be looked at.
+        operations: the step's operations, or those of a part of it.
     """
     written: set[str] = set()
     found: dict[str, Tensor] = {}

@@ -58,8 +58,8 @@ class Matmul:
         """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often.
 
         Args:
-            name: of a precision, with the form after a space, as in `table`.
-            rows, inner, columns: of the product.
+            name: name of a precision, with the form after a space, as in `table`.
+            rows, inner, columns: sizes of the product.
         """
         asked = name, rows, inner, columns
         if asked not in self._rates:
@@ -108,8 +108,8 @@ class Device:
         """Seconds of one operation of a kind that moves so many bytes, between measured ones on a straight line of logarithms.
 
         Args:
-            kind: of operation; one that was not measured takes as long as an elementwise one.
-            nbytes: read and written.
+            kind: kind of operation; one that was not measured takes as long as an elementwise one.
+            nbytes: bytes read and written.
 
         >>> curves = {"elementwise": ((1e3, 1e-7), (1e5, 1e-5), (1e7, 1e-2))}
         >>> device = Device(name="", peak_flops={}, memory_bytes=1, memory_bytes_per_second=1, curves=curves)
@@ -132,8 +132,8 @@ class Device:
         Tile and wave quantisation as in NVIDIA, *Matrix Multiplication Background User's Guide* (2023), section 3.
 
         Args:
-            precision: of the operands, such as "bfloat16".
-            shape: (batches, rows, inner, columns).
+            precision: precision of the operands, such as "bfloat16".
+            shape: sizes (batches, rows, inner, columns).
             form: as in `Matmul.table`; "" for the plain one.
 
         >>> device = Machine.load("h100x8").device

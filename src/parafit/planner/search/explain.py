@@ -59,9 +59,9 @@ def verdict(costs: Costs, names: list[str], limit_bytes: float) -> str:
     """One sentence: which plan is better, and by which terms.
 
     Args:
-        costs: of two plans.
-        names: of the same plans.
-        limit_bytes: what a device may hold.
+        costs: costs of two plans.
+        names: names of the two plans.
+        limit_bytes: bytes that a device may hold.
     """
     fits = [cost.peak_bytes <= limit_bytes for cost in costs]
     if not all(fits):

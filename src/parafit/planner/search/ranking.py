@@ -36,7 +36,7 @@ class Ranking:
         best: the best plan.
         others: runners-up, each the best of its mesh, then plans that would be better but do not fit or are not allowed.
         goal: what was minimised.
-        limit_bytes: what a device may hold.
+        limit_bytes: bytes that a device may hold.
         program: what was planned.
         machine: for which machine.
         software: of which framework.
@@ -92,7 +92,7 @@ def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed:
         other: the plan that lost.
         best: the plan that won.
         goal: "time", "memory" or "cost".
-        limit_bytes: what a device may hold.
+        limit_bytes: bytes that a device may hold.
         allowed: names of techniques.
     """
     if refused := sorted(techniques(other.plan) - allowed):
@@ -112,8 +112,8 @@ def label(plan: Plan, beside: Plan | None = None) -> str:
     """A plan in one line: its text with what the text does not say, without the precision where another plan has the same.
 
     Args:
-        plan: to be named.
-        beside: a plan that it is compared with.
+        plan: the plan to name.
+        beside: the plan that it is compared with.
     """
     shown = replace(plan, precision="float32") if beside and beside.precision == plan.precision else plan
     return shown.short() + (" +sequence" if "sequence" in techniques(plan) else "")
