@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -103,6 +104,45 @@ def test_only_the_console_prints():
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert len(prints) == (module_name(path) == "parafit.execution.events"), path
+
+
+PLATFORM = re.compile(r"(?<![\w-])(cpu|gpu|tpu|cuda|rocm)(?![\w-])|default_backend")  # not in the name of a machine, as in tpu-v5p
+NAMED_OTHERWISE = {"parafit.support.processor": {"cpu family", "cpu"}}
+"""Fields of /proc/cpuinfo, which have nothing to do with what JAX computes on."""
+
+
+def platforms_named(source):
+    """What a module's code, docstrings left out, says of platforms: strings and names."""
+    tree = ast.parse(source)
+    documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        words = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module")]
+        words += [node.value] if isinstance(node, ast.Constant) and id(node) not in documented else []
+        yield from (word for word in words if isinstance(word, str) and PLATFORM.search(word))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(module_name(path)) != "backends"], ids=module_name)
+def test_only_backends_know_what_jax_computes_on(path):
+    """They are the one door: `backends.current()`."""
+    named = set(platforms_named(path.read_text(encoding="utf-8")))
+    assert named <= NAMED_OTHERWISE.get(module_name(path), set())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if jax.devices()[0].platform == "cpu": pass',
+        "jax.default_backend()",
+        "from jax import default_backend as where",
+        "from parafit.backends.cpu import options",
+        "import parafit.backends.cpu.options",
+        'f"{count} cpu devices"',
+        'def choose(platform="cuda"): pass',
+    ],
+)
+def test_what_names_a_platform_is_found(source):
+    assert list(platforms_named(source))
+    assert not list(platforms_named(f'"""A docstring: {source.replace(chr(34), "")}"""\nscpu = "jax_num_cpu_devices"'))
 
 
 def test_only_one_module_knows_the_environment():

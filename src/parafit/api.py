@@ -68,6 +68,19 @@ def fit(
         x: inputs: an array of shape (rows, ...), a list or dict of them, a table, or a dataset, generator or loader.
         y: targets of shape (rows, ...), in the structure of the model's outputs; None if `x` yields them.
         batch_size: rows of one step over all devices together; 32 if not given.
+        epochs: number of the epoch after which the run ends.
+        verbose: "auto" or 1: a progress bar; 2: a line an epoch; 0: nothing.
+        callbacks: a list of `keras.callbacks.Callback`.
+        validation_split: share of the rows, the last ones, that is held out of training and evaluated after an epoch.
+        validation_data: `(x, y)` or `(x, y, sample_weight)`, or a dataset, evaluated after an epoch; overrides `validation_split`.
+        shuffle: whether rows are drawn in a new order in every epoch; "batch" draws batches in a new order.
+        class_weight: weight of each class in the loss, by the class's number.
+        sample_weight: weight of each row in the loss, of shape (rows,).
+        initial_epoch: number of epochs that an earlier run has done; this one trains for `epochs - initial_epoch`.
+        steps_per_epoch: number of batches in an epoch; None: as many as there are.
+        validation_steps: number of batches in a validation; None: all.
+        validation_batch_size: rows of a batch in a validation; None: `batch_size`.
+        validation_freq: number of epochs from one validation to the next, or a list of the epochs that end with one.
         plan: "auto" (the fastest of this machine's plans, if it is worth it; see `find_plan`), a `Plan`, a text such as "data=8",
             or the path of a plan's JSON file.
         log: a file to which a line of JSON is added for whatever the run tells: plan, price, compilations, groups of steps, epochs, score.
@@ -167,6 +180,10 @@ def evaluate(
 
     Args and errors are those of `fit`.
 
+    Args:
+        steps: number of batches to take; None: as many as there are.
+        return_dict: whether to give a dict by name rather than a list.
+
     Returns:
         A list of numbers in Keras' order (a number if there is only the loss), or a dict by name with `return_dict=True`.
 
@@ -205,6 +222,9 @@ def predict(
     The model need not be compiled; it may be a bare Flax NNX module.
 
     Args and errors are those of `fit`.
+
+    Args:
+        steps: number of batches to take; None: as many as there are.
 
     Returns:
         NumPy arrays of shape (rows, ...) in the structure of the model's outputs.

@@ -85,15 +85,31 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(self._batch_axes)) if divides else self.replicated
 
     def stored(self, leaf: Leaf, array: Any) -> NamedSharding | None:
-        """Where an array of the state rests between steps."""
+        """Where an array of the state rests between steps.
+
+        Args:
+            leaf: what the array is.
+            array: the array, or anything of its shape.
+        """
         return self._sharding(self.layout.store.get(leaf.role, self.layout.compute).get(leaf.parameter, ()), array.shape)
 
     def computed(self, leaf: Leaf, array: Any) -> NamedSharding | None:
-        """Where an array of the state is while operations read it; slots, which only the update reads, stay where they rest."""
+        """Where an array of the state is while operations read it; slots, which only the update reads, stay where they rest.
+
+        Args:
+            leaf: what the array is.
+            array: the array, or anything of its shape.
+        """
         return self.stored(leaf, array) if leaf.role == "slot" else self._sharding(self.layout.compute.get(leaf.parameter, ()), array.shape)
 
     def constrain(self, where: Callable[[Leaf, Any], Any], leaves: Any, arrays: Any) -> Any:
-        """Inside a program: bring arrays to where `stored` or `computed` says."""
+        """Inside a program: bring arrays to where a method says.
+
+        Args:
+            where: `stored` or `computed`.
+            leaves: a tree of what the arrays are.
+            arrays: a tree of the same structure.
+        """
         if self.mesh is None:
             return arrays
         return jax.tree.map(lambda leaf, array: jax.lax.with_sharding_constraint(array, where(leaf, array)), leaves, arrays)
@@ -103,7 +119,12 @@ class Placement:
         return arrays if self.mesh is None else jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, self.replicated), arrays)
 
     def put_state(self, leaf: Leaf, array: jax.Array) -> jax.Array:
-        """One array of the state, brought to where this plan keeps it."""
+        """One array of the state, brought to where this plan keeps it.
+
+        Args:
+            leaf: what the array is.
+            array: the array, whole on any device.
+        """
         if self.mesh is not None:
             return jax.device_put(array, self.stored(leaf, array))
         device = jax.devices()[0]

@@ -155,7 +155,11 @@ def _best_plan(step: "Step", program: Callable[[], Program], tell: Callable[[str
 def plan_to_fit(model: Any, x: Any, y: Any, *, batch_size: int, plan: Plan | str, tell: Callable[[str], None]) -> Plan:
     """The plan that `fit` would run with these arguments, the model built as `fit` would build it.
 
-    Args and errors are those of `fit`; `tell` as in `plan_for`.
+    Args:
+        model, x, y, batch_size, plan: as in `fit`.
+        tell: as in `plan_for`.
+
+    Errors are those of `fit`.
     """
     from parafit.adapters import adapter_of, checks
     from parafit.data.source import Source
@@ -246,7 +250,10 @@ def keras_program(
 ) -> tuple[Program, frozenset[str]]:
     """The program of a model's training step, and the techniques that this model cannot run.
 
-    Args and errors are those of `find_plan`; `here`: the program is to run on this machine, whose compiler is known.
+    Args and errors are those of `find_plan`.
+
+    Args:
+        here: whether the program is to run on this machine, whose compiler is known.
     """
     import jax
 

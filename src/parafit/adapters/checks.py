@@ -1,7 +1,7 @@
 """What a model is given, held against what it can take, before anything is compiled: inputs, targets, labels and weights.
 
 Arrays are looked at once, all rows together; batches of a generator as they are drawn. Losses of the user's own are left alone. Here are
-Keras models; Flax modules are tried in `nnx_checks`.
+Keras models; Flax modules are tried in `flax_checks`.
 """
 
 import math

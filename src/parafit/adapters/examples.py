@@ -11,7 +11,15 @@ _FIXED = "build it with an input of fixed shape, such as keras.Input((784,))"
 
 
 def example_rows(model: Any, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
-    """Two rows of zeros, as inputs and targets."""
+    """Two rows of zeros, as inputs and targets.
+
+    Args:
+        model: a compiled `keras.Model`.
+        shape: of one row of x, None where the model says it.
+
+    Raises:
+        ModelError: neither it nor the model says what a row looks like.
+    """
     if not hasattr(model, "compute_output_shape"):
         raise ModelError(f"model {model.name!r} does not say what its data looks like: pass x and y themselves.")
     if shape is not None:

@@ -108,7 +108,12 @@ class FlaxModel:
         return None
 
     def check(self, source: Any, verb: str) -> bool:
-        """Try the module, or its loss, on shapes of batches that it has not met yet; see `parafit.adapters.checks.check`."""
+        """Try the module, or its loss, on shapes of batches that it has not met yet; see `parafit.adapters.checks.check`.
+
+        Args:
+            source: a `parafit.data.source.Source`.
+            verb: "fit", "evaluate" or "predict".
+        """
         source.inspect(lambda batch: self._try_out(batch, verb) or batch)
         if source.knows_shapes:
             self._try_out(source.shapes(), verb)

@@ -13,7 +13,16 @@ _HOOKS = {
 
 
 def callback_list(callbacks, model, *, verbose, epochs: int, steps: int | None, history: bool) -> keras.callbacks.CallbackList:
-    """The user's callbacks with Keras' progress bar and, for training, History; a CallbackList is taken as it is."""
+    """The user's callbacks with Keras' progress bar and, for training, History; a CallbackList is taken as it is.
+
+    Args:
+        callbacks: a list, one callback, None, or a CallbackList.
+        model: the model that the callbacks see.
+        verbose: 0: no progress bar; else as Keras takes it.
+        epochs: number of epochs that will run.
+        steps: number of steps in an epoch, None where nobody knows.
+        history: whether `model.history` is to be written.
+    """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return callbacks
     return keras.callbacks.CallbackList(

@@ -206,7 +206,11 @@ def _at_one_rank(shape: Shape, other: Shape) -> tuple[Shape, Shape]:
 
 
 def same_shape(shape: Shape, other: Shape) -> bool:
-    """Whether shapes agree, numbers of rows and unknown lengths left out."""
+    """Whether shapes agree, numbers of rows and unknown lengths left out.
+
+    Args:
+        shape, other: shapes of arrays, the number of rows first; None for an unknown length.
+    """
     return len(shape) == len(other) and all(map(_alike, shape[1:], other[1:]))
 
 

@@ -46,7 +46,12 @@ class Backend:
         return {}
 
     def compile(self, lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stages.Compiled:
-        """The program. Call it inside `compiling`."""
+        """The program. Call it inside `compiling`.
+
+        Args:
+            lowered: the program before it is compiled.
+            options: what `compiler_options` gave for its step.
+        """
         return lowered.compile(options or None)
 
     def compiling(self) -> AbstractContextManager[None]:
@@ -94,5 +99,10 @@ class Backend:
         return nbytes < RESIDENT_SHARE * (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0))
 
     def resident_array(self, array: np.ndarray, dtype: Any) -> np.ndarray:
-        """An array of shape (rows, ...) in the dtype in which it will stay on the devices, ready to be put there."""
+        """An array in the dtype in which it will stay on the devices, ready to be put there.
+
+        Args:
+            array: an array of shape (rows, ...).
+            dtype: dtype of the array on the devices.
+        """
         return np.asarray(array, dtype)

@@ -58,7 +58,12 @@ def residuals_path() -> Path:
 
 
 def append(residual: Residual, path: Path | None = None) -> None:
-    """Keep one more residual; the oldest are dropped when the file becomes too large."""
+    """Keep one more residual; the oldest are dropped when the file becomes too large.
+
+    Args:
+        residual: what one fit was predicted to take, and took.
+        path: file of residuals; None: the user's own.
+    """
     path = path or residuals_path()
     private_folder(path.parent)
     line = (json.dumps(asdict(residual)) + "\n").encode()
@@ -80,7 +85,12 @@ def _append(path: Path, line: bytes) -> int:
 
 
 def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
-    """All residuals that can be read, oldest first; those of one machine if it is named."""
+    """All residuals that can be read, oldest first.
+
+    Args:
+        path: file of residuals; None: the user's own.
+        machine: `machine_id` of the machine whose residuals are wanted; "": those of all.
+    """
     path = path or residuals_path()
     if not path.exists():
         return []

@@ -162,7 +162,12 @@ def network_shapes(depth: int) -> tuple[Any, Any]:
 
 
 def network_loss(weights: Any, batch: Any) -> jax.Array:
-    """Cross-entropy of a network of dense layers with ReLU between them."""
+    """Cross-entropy of a network of dense layers with ReLU between them.
+
+    Args:
+        weights: a pair (kernel of shape (inputs, outputs), bias of shape (outputs,)) for each layer.
+        batch: (x, y): inputs of shape (rows, inputs), and the classes' probabilities of shape (rows, classes).
+    """
     x, y = batch
     for kernel, bias in weights[:-1]:
         x = jax.nn.relu(x @ kernel + bias)

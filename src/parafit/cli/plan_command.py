@@ -72,6 +72,10 @@ def plan_text(
 def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
     """A network's name as it is; a file's Keras model, compiled.
 
+    Args:
+        model: a network such as "gpt:39b", or the path of a `.keras` or `.py` file.
+        sizes: (inputs, outputs), which a `.py` file needs.
+
     Raises:
         ModelError: no such file, or what is in it is no model.
     """
@@ -97,6 +101,10 @@ def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
 
 def plan_page(ranking: Ranking, instead: str | None = None) -> str:
     """A ranking as one self-contained HTML page: the plan, and plots of time and memory over its rivals.
+
+    Args:
+        ranking: the plan that a search found, and its rivals.
+        instead: a plan to compare with, as text.
 
     >>> from parafit.planner.networks import named
     >>> from parafit.planner.search.search import search

@@ -13,7 +13,11 @@ def plain(*parts) -> tuple:
 
 
 def check_lengths(x, y, sample_weight) -> None:
-    """Refuse arrays that have no rows or not the same number of rows, naming them."""
+    """Refuse arrays that have no rows or not the same number of rows, naming them.
+
+    Args:
+        x, y, sample_weight: trees of arrays of shape (rows, ...), or None.
+    """
     named = {"x": x, "y": y, "sample_weight": sample_weight}
     rows = {
         name: [leaf.shape[0] for leaf in jax.tree.leaves(part, is_leaf=_is_array) if len(getattr(leaf, "shape", None) or ()) > 0]

@@ -1,4 +1,4 @@
-"""Chunks: many steps of a model in one compiled program."""
+"""Many steps of a model in one compiled program."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +27,7 @@ _COMPILERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parafit-compi
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tally:
-    """What one chunk hands on to the next.
+    """What one call of a program hands on to the next.
 
     Attributes:
         done: steps completed, int32.
@@ -90,7 +90,14 @@ def _compile(backend: Backend, lowered, options: CompilerOptions):
 def compiled_steps(keeper, step: Step, arrays, placement: Placement, *, seldom: bool = False) -> CompiledSteps:
     """The program for this step and blocks of these shapes, made once for as long as the model stays as it is.
 
-    Tracing happens here; compiling goes on in the background until the chunk is called. What runs `seldom` is compiled quickly.
+    Tracing happens here; compiling goes on in the background until the program is called. What runs seldom is compiled quickly.
+
+    Args:
+        keeper: the model's `Adapter.keeper`: the program is kept for as long as it lives.
+        step: the step that the program runs.
+        arrays: arrays of a block, each of shape (capacity, batch, ...), or a `Lookup`.
+        placement: where state and batches live.
+        seldom: whether compiling it will take longer than running it.
     """
     key = (
         backends.current().name,
@@ -103,6 +110,20 @@ def compiled_steps(keeper, step: Step, arrays, placement: Placement, *, seldom: 
 
 
 def _compiled_steps(step: Step, arrays, placement: Placement, seldom: bool) -> CompiledSteps:
+    traced, options = traced_steps(step, arrays, placement, seldom=seldom)
+    capacity = jax.tree.leaves(arrays)[0].shape[0]
+    return CompiledSteps(traced.lower(), options, traced.out_info[1].logs, capacity, placement)
+
+
+def traced_steps(step: Step, arrays, placement: Placement, *, seldom: bool) -> tuple[jax.stages.Traced, CompilerOptions]:
+    """The program of `CompiledSteps` before it is lowered, for these devices or for others, and options for the compiler.
+
+    Args:
+        step: the step that the program runs.
+        arrays: arrays of a block, or their shapes, each of shape (capacity, batch, ...), or a `Lookup`.
+        placement: where state and batches live.
+        seldom: whether compiling it will take longer than running it.
+    """
     fixed, state, arrays = shapes_of((step.read_fixed(), step.read(), arrays))
     batch = jax.eval_shape(lambda arrays: _batch(arrays, 0), arrays)
     capacity = jax.tree.leaves(arrays)[0].shape[0]
@@ -112,8 +133,7 @@ def _compiled_steps(step: Step, arrays, placement: Placement, seldom: bool) -> C
     stored = [jax.tree.map(placement.stored, *pair) for pair in zip(step.leaves, (fixed, state))]
     program = jax.jit(many, donate_argnums=1, **_shardings(placement, stored, arrays, outputs if predicts else None, capacity))
     tally = Tally(jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.bool_), None if predicts else outputs)
-    lowered = program.lower(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays)
-    return CompiledSteps(lowered, options, tally.logs, capacity, placement)
+    return program.trace(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), arrays), options
 
 
 def _trace(step: Step, fixed, state, batch, placement: Placement, seldom: bool) -> tuple[Callable, Any, CompilerOptions]:

@@ -41,6 +41,11 @@ class Pace:
         self.steps += steps
 
     def record(self, steps: int, seconds: float) -> None:
-        """Tell what the last group took."""
+        """Tell what the last group took.
+
+        Args:
+            steps: of the group.
+            seconds: from its start to its end.
+        """
         self.seconds += seconds
         self._last_steps, self._last_seconds_per_step = steps, max(seconds / steps, 1e-9)

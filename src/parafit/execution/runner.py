@@ -44,7 +44,12 @@ class Runner:
             compiled_steps(adapter.keeper, step, block.arrays, placement, seldom=block.seldom)
 
     def find(self, arrays: Any, *, seldom: bool = False) -> CompiledSteps:
-        """The compiled program for a block of these arrays, of shape (capacity, batch, ...); `seldom` as in `Block`."""
+        """The compiled program for a block of these arrays.
+
+        Args:
+            arrays: of a block, each of shape (capacity, batch, ...), or a `Lookup`.
+            seldom: as in `Block`.
+        """
         known, compiled = self._found.get(id(arrays), (None, None))
         if known is arrays:  # buffers filled again
             return compiled
@@ -59,7 +64,12 @@ class Runner:
         return compiled
 
     def check(self, arrays: Any, program: Program) -> Report:
-        """What the compiled program for this block communicates, against what its plan says of the traced one."""
+        """What the compiled program for this block communicates, against what its plan says of the traced one.
+
+        Args:
+            arrays: of a block, each of shape (capacity, batch, ...), or a `Lookup`.
+            program: the step as it was traced.
+        """
         placement = self.placement
         if placement.mesh is None:
             return Report(rows=())

@@ -122,7 +122,12 @@ class Partition:
         return Group(self.plan.axes[axis], stride, self.plan.device_count)
 
     def split(self, dims: Iterable[str], axis: str) -> str:
-        """The dim that is split along an axis, or ""."""
+        """The dim that is split along an axis, or "".
+
+        Args:
+            dims: dims of a tensor or an operation.
+            axis: name of a mesh axis.
+        """
         for dim in self._orders[axis]:
             if dim in dims:
                 return dim
@@ -139,7 +144,12 @@ class Partition:
         return self.local_bytes(tensor) / self.stored_parts(tensor, tensor.role)
 
     def stored_parts(self, tensor: Tensor, role: str) -> int:
-        """Into how many parts `store` splits a tensor further that is stored in a role: 1 where it does not, or no dimension divides."""
+        """Into how many parts `store` splits a tensor further that is stored in a role: 1 where it does not, or no dimension divides.
+
+        Args:
+            tensor: a parameter, or what has its shape and dims.
+            role: "parameter", "gradient" or "slot".
+        """
         axis = self.plan.store.get(role, "")
         if not axis or self.split(tensor.dims, axis):
             return 1

@@ -24,6 +24,11 @@ class Price:
     def announce(self, plan: Plan, *, steps: int, epochs: int) -> str:
         """The line printed before a run.
 
+        Args:
+            plan: the plan that will run.
+            steps: number of steps in an epoch.
+            epochs: number of epochs that will run.
+
         >>> price = Price(seconds_per_step=2e-4, peak_bytes=3 << 20, compiled_bytes=3 << 20, modelled_seconds=1.9e-4)
         >>> price.announce(Plan.parse("data=8"), steps=100, epochs=5)
         'parafit: plan data=8, predicted 0.200 ms/step, 0.1 s for 5 epochs of 100 steps, peak memory 3.0 MiB a device'

@@ -50,6 +50,11 @@ class Section:
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The whole page as HTML text.
 
+    Args:
+        title: title of the page.
+        lead: a sentence under it.
+        sections: sections in their order.
+
     >>> "<h2>Scores</h2>" in page("digits", "a run", [Section(heading="Scores", pieces=[text("good")])])
     True
     """
@@ -79,6 +84,10 @@ def code(words: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A table; columns that hold numbers stand on the right.
 
+    Args:
+        header: a name for each column.
+        rows: a cell for each column; None is empty.
+
     >>> table(["name", "rows"], [["a<b", 3]]).count("&lt;")
     1
     """
@@ -101,7 +110,14 @@ def number(value: float | int | None) -> str:
 
 
 def line_plot(title: str, curves: Mapping[str, Sequence[float]], x_label: str, marked: int | None = None) -> str:
-    """Curves over 1, 2, 3, …, as inline SVG; `marked` draws a vertical line there."""
+    """Curves over 1, 2, 3, …, as inline SVG.
+
+    Args:
+        title: title of the plot.
+        curves: values by name; two at most.
+        x_label: label of the horizontal axis.
+        marked: place of a vertical line.
+    """
 
     def draw(axes):
         for (name, values), colour in zip(curves.items(), (BLUE, ORANGE)):
@@ -116,7 +132,12 @@ def line_plot(title: str, curves: Mapping[str, Sequence[float]], x_label: str, m
 
 
 def confusion_plot(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """How often each true class (row) was taken for each class (column), as inline SVG; shades are shares of the row."""
+    """How often each true class (row) was taken for each class (column), as inline SVG; shades are shares of the row.
+
+    Args:
+        labels: labels of the classes.
+        counts: a row for each true class, a column for each predicted one.
+    """
     shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
     few = len(labels) <= 20
 
@@ -162,7 +183,14 @@ def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str, *, known: 
 
 
 def parts_plot(title: str, bars: Mapping[str, Mapping[str, float]], unit: str, scale: float = 1.0) -> str:
-    """One bar for each name, cut into its parts, as inline SVG; all but the seven largest parts are one."""
+    """One bar for each name, cut into its parts, as inline SVG; all but the seven largest parts are one.
+
+    Args:
+        title: title of the plot.
+        bars: for each bar, by name, its parts by name.
+        unit: unit of the axis.
+        scale: factor from the values to the unit.
+    """
     totals: dict[str, float] = {}
     for parts in bars.values():
         for name, value in parts.items():
@@ -186,7 +214,13 @@ def parts_plot(title: str, bars: Mapping[str, Mapping[str, float]], unit: str, s
 
 
 def points_plot(title: str, points: Mapping[str, tuple[float, float]], limit: float) -> str:
-    """Named points of (memory in GiB, step in ms), a line through those that nothing beats in both, and its end, as inline SVG."""
+    """Named points of memory and time, a line through those that nothing beats in both, and its end, as inline SVG.
+
+    Args:
+        title: title of the plot.
+        points: (memory in GiB, step in ms) by name.
+        limit: a device's memory in GiB.
+    """
     front = [point for point in sorted(points.values()) if not any(_beats(other, point) for other in points.values())]
 
     def draw(axes):
@@ -206,7 +240,12 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def shorten(words: str, most: int = 16) -> str:
-    """`words` cut to at most so many characters."""
+    """A text cut to so many characters.
+
+    Args:
+        words: any text.
+        most: number of characters.
+    """
     return words if len(words) <= most else words[: most - 1] + "…"
 
 

@@ -55,6 +55,7 @@ class Network:
 
     @classmethod
     def of(cls, model) -> "Network":
+        """The network of a scikit-learn model whose weights were made."""
         return cls(
             widths=(model.coefs_[0].shape[0], *(len(intercept) for intercept in model.intercepts_)),
             activation=model.activation,
@@ -93,8 +94,10 @@ class Trainer:
     def run_epochs(self, orders: Iterable[np.ndarray], *, ahead: bool) -> Iterator[float]:
         """Train on every row once in each of these orders; yields the mean loss of a row after each epoch.
 
-        With `ahead` the devices compute an epoch while the caller looks at the loss of the one before; if the caller then
-        stops, that epoch is dropped.
+        Args:
+            orders: for each epoch, all row numbers in the order in which rows are met.
+            ahead: whether the devices compute an epoch while the caller looks at the loss of the one before; if the caller then
+                stops, that epoch is dropped.
         """
         running: deque[tuple[Any, Any]] = deque()
         latest = self._state
@@ -194,7 +197,15 @@ def _run_chunk(network: Network, placement: Placement, carry, step_count, block:
 
 @partial(jax.jit, static_argnames=("network", "placement"))
 def run_full_batch(network: Network, placement: Placement, packed, block: Rows, alpha):
-    """Loss and packed gradient of all rows."""
+    """Loss and packed gradient of all rows.
+
+    Args:
+        network: the network.
+        placement: the plan on its devices.
+        packed: all weights in one vector.
+        block: all rows, as one batch of shape (1, rows, ...).
+        alpha: strength of the L2 penalty.
+    """
     batch = placement.split_batch(jax.tree.map(lambda column: column[0], block))
     loss, gradient = _loss_and_gradient(network, _unpack(network, packed), batch, alpha)
     return placement.replicate((loss, _pack(jnp, gradient)))
@@ -244,7 +255,7 @@ def _kernel_gradient(inputs, delta):
     """inputsᵀ delta, for (batch, inputs) and (batch, outputs); of few outputs, those are transposed.
 
     The transpose is an array of its own: XLA:CPU multiplies a transposed float64 operand at half the speed. A single output is left to
-    XLA, which fuses its product. `rewrite.products.kernel_gradient` suits optimisers that read it transposed; here it was 10 % slower.
+    XLA, which fuses its product. `backends.cpu.products.kernel_gradient` suits optimisers that read it transposed; here it was 10 % slower.
     """
     if 1 < delta.shape[1] <= inputs.shape[1] // 4:
         return jax.lax.optimization_barrier(_transpose(delta) @ inputs).T

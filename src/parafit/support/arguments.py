@@ -37,6 +37,10 @@ def check_arguments(**arguments: Any) -> None:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint to what was meant, to be added to a message; "" where nothing is close.
 
+    Args:
+        word: the word that was written.
+        known: the words that could have been meant.
+
     >>> did_you_mean("h100x9", ["a100x8", "h100x8"])
     " Did you mean 'h100x8'?"
     """

@@ -1,6 +1,11 @@
 """What JAX and Keras do not document, in one place. Each piece: why it is needed, and the versions it was read in.
 
 Keras 3.15, JAX 0.10.
+
+Args:
+    model: a Keras model.
+    weights, state: arrays in the groups and order of `parafit.adapters.step.State`.
+    batch: `(x, y, sample_weight)`, as Keras packs it.
 """
 
 import itertools
@@ -41,7 +46,11 @@ def _as_computed(array: Any) -> Any:
 
 
 def flatten_metrics(model, logs: dict) -> Any:
-    """Logs as the list `evaluate` returns. Keras 3.15: the order is defined nowhere else."""
+    """Logs as the list `evaluate` returns. Keras 3.15: the order is defined nowhere else.
+
+    Args:
+        logs: numbers by name.
+    """
     return model._flatten_metrics_in_order(logs)
 
 
@@ -60,7 +69,12 @@ def limited_epochs(epochs: int) -> int:
 
 
 def should_validate(model, epoch: int, frequency) -> bool:
-    """Whether `validation_freq` asks for validation. Keras 3.15: private; an int, a list, or Keras' own error."""
+    """Whether `validation_freq` asks for validation. Keras 3.15: private; an int, a list, or Keras' own error.
+
+    Args:
+        epoch: number of the epoch, from 0.
+        frequency: number of epochs from one validation to the next, or a list of epochs' numbers, from 1.
+    """
     return keras.Model._should_eval(model, epoch, frequency)
 
 
@@ -83,7 +97,12 @@ def read_variable(variable) -> Any:
 
 
 def write_variable(variable, value) -> None:
-    """Let a variable hold this array; see `read_variable`."""
+    """Let a variable hold this array; see `read_variable`.
+
+    Args:
+        variable: a Keras variable.
+        value: an array of its shape and dtype.
+    """
     variable._direct_assign(value)
 
 
@@ -192,7 +211,13 @@ def loss_and_updates(model, weights, state, batch) -> Any:
 
 
 def update_metrics(model, metrics, loss, predictions, batch) -> Any:
-    """The logs and the metrics' variables after a batch; see `own_step`."""
+    """The logs and the metrics' variables after a batch; see `own_step`.
+
+    Args:
+        metrics: arrays of the metrics' variables.
+        loss: the batch's loss.
+        predictions: the model's outputs for it.
+    """
     x, y, sample_weight = unpack(batch)
     return model._update_metrics_variables(metrics, loss, x, y, predictions, sample_weight)
 
@@ -227,7 +252,12 @@ def masks(model) -> bool:
 
 
 def mask_of(inputs, output) -> Callable[[Any], Any] | None:
-    """From a functional model's inputs to the mask of an output; None where it has none. Keras 3.15: a private attribute."""
+    """From a functional model's inputs to the mask of an output; None where it has none. Keras 3.15: a private attribute.
+
+    Args:
+        inputs: symbolic, in the model's structure.
+        output: one symbolic output.
+    """
     mask = getattr(output, "_keras_mask", None)
     return None if mask is None else keras.Function(inputs, mask)
 
@@ -359,7 +389,12 @@ def is_sparse(leaf) -> bool:
 
 
 def split_validation(arrays, validation_split: float) -> Any:
-    """Keras' own split of `(x, y, sample_weight)` into training and validation rows. Keras 3.15: private."""
+    """Keras' own split of `(x, y, sample_weight)` into training and validation rows. Keras 3.15: private.
+
+    Args:
+        arrays: each of shape (rows, ...), or None.
+        validation_split: the share of the last rows.
+    """
     from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 
     parts = train_validation_split(arrays, validation_split)

@@ -40,6 +40,10 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
 def private_folder(root: Path, *names: str) -> Path:
     """The folder of these names below `root`, made where it is missing; it and those above it, up to `root`, are their owner's alone.
 
+    Args:
+        root: the first folder that is made private.
+        names: names of folders, each in the one before.
+
     Raises:
         OSError: it cannot be made, or is somebody else's, who could put anything into it.
     """

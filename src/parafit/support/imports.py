@@ -68,7 +68,12 @@ class _DeferredLoader(Loader):
 
 
 def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call `then` with a package when it has been imported, at once if it is."""
+    """Call `then` with a package when it has been imported, at once if it is.
+
+    Args:
+        name: name of the package.
+        then: takes the package.
+    """
     if name in sys.modules:
         then(sys.modules[name])
     else:

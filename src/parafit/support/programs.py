@@ -92,6 +92,10 @@ class Programs:
     def put(self, key: str, program: bytes) -> None:
         """Keep a program; the oldest go where the folders become too large.
 
+        Args:
+            key: what tells the program from others.
+            program: the program's bytes.
+
         Raises:
             OSError: it cannot be written.
         """

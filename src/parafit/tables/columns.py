@@ -2,13 +2,19 @@
 
 A treatment is a frozen record of plain numbers and texts (it goes into `preprocessing.json` as it is) with
 
-- `fit(reading, training)`: the treatment with what it learnt from the `training` rows (indices) of a column,
+- `fit(reading, training)`: the treatment with what it learnt from the training rows of a column,
 - `inputs`: the names of the network's inputs it makes,
 - `describe()`: what it does, in words, for the report,
 - `transform(series)`: a `Part`.
 
 A missing number becomes the training median, a missing time the training mean, a missing category no category; where the
 training rows have missing values, one more input says so. A cell that is not of the column's kind is bad, and missing.
+
+Args:
+    reading: the column as it was recognised.
+    training: the training rows (indices).
+    series: a column, of training or of a table to predict.
+    writing: how the training rows' numbers or times were written.
 """
 
 from collections.abc import Mapping
@@ -64,6 +70,7 @@ class Number:
 
     @classmethod
     def fit(cls, reading: Reading, training: np.ndarray) -> "Number":
+        """Learn mean, deviation and median of the known numbers."""
         values = reading.values.gather(training)
         known = values.drop_nulls().to_numpy()
         fill, missing = float(np.median(known)), values.null_count()
@@ -71,17 +78,21 @@ class Number:
 
     @property
     def inputs(self) -> list[str]:
+        """Names of the network's inputs."""
         return [self.name, *_missing_input(self)]
 
     @property
     def expected(self) -> str:
+        """What a cell should hold, in words."""
         return _with_words("a number", self.writing)
 
     def describe(self) -> str:
+        """What it does, in words."""
         numbers = f"standardised (mean {self.mean:.4g}, deviation {self.scale:.4g})"
         return numbers + _missing_words(self, f"the median {self.fill:.4g}") + _read_words(self.writing)
 
     def transform(self, series: "pl.Series") -> Part:
+        """The column standardised, with a smooth limit."""
         values, bad = to_numbers(series, self.writing)
         standard = (values.fill_null(self.fill).to_numpy() - self.mean) / self.scale
         return _with_missing(self, values, [_soft_clip(standard)], bad)
@@ -99,18 +110,22 @@ class Boolean:
 
     @classmethod
     def fit(cls, reading: Reading, training: np.ndarray) -> "Boolean":
+        """Learn what share of the known values is true."""
         values = reading.values.gather(training)
         share = values.cast(float).mean()
         return cls(name=values.name, share=float(share), missing=values.null_count())  # type: ignore[arg-type]
 
     @property
     def inputs(self) -> list[str]:
+        """Names of the network's inputs."""
         return [self.name, *_missing_input(self)]
 
     def describe(self) -> str:
+        """What it does, in words."""
         return f"0 or 1 ({self.share:.0%} are 1)" + _missing_words(self, f"{self.share:.2f}")
 
     def transform(self, series: "pl.Series") -> Part:
+        """The column as 0 and 1; the share of ones where it is missing."""
         values, bad = to_booleans(series)
         return _with_missing(self, values, [values.cast(float).fill_null(self.share).to_numpy()], bad)
 
@@ -138,6 +153,7 @@ class Category:
 
     @classmethod
     def fit(cls, reading: Reading, training: np.ndarray) -> "Category":
+        """Learn the levels, most frequent first, and how many rows have each."""
         texts = reading.values.gather(training)
         by_count = texts.drop_nulls().value_counts(name="rows").sort("rows", texts.name, descending=[True, False])
         counts = dict(by_count.iter_rows())
@@ -147,20 +163,24 @@ class Category:
 
     @property
     def has_rare(self) -> bool:
+        """Whether there are levels that have no input of their own."""
         return len(self.counts) > len(self.levels)
 
     @property
     def inputs(self) -> list[str]:
+        """Names of the network's inputs."""
         own = [f"{self.name}={level}" for level in self.levels]
         rare = [f"{self.name} is rare", f"frequency of {self.name}"] if self.has_rare else []
         return [*own, *rare, *_missing_input(self)]
 
     def describe(self) -> str:
+        """What it does, in words."""
         rare = f", {len(self.counts) - len(self.levels)} rare levels together with their frequency" if self.has_rare else ""
         levels = f"one input for each of {len(self.levels)} levels{rare}" + _missing_words(self, "no level")
         return levels + (f"; {self.reason}" if self.reason else "")
 
     def transform(self, series: "pl.Series") -> Part:
+        """An input for each level, and two for the rare ones: whether a row has one, and its frequency."""
         import polars as pl
 
         texts = to_texts(series)
@@ -191,6 +211,7 @@ class Time:
 
     @classmethod
     def fit(cls, reading: Reading, training: np.ndarray) -> "Time":
+        """Learn mean and deviation in days, and whether the hours of the day matter."""
         days, missing = _days(reading.values.gather(training))
         known = days[~missing]
         hours = bool(np.any(known % 1 != 0))
@@ -199,22 +220,27 @@ class Time:
 
     @property
     def cycles(self) -> dict[str, float]:
+        """Cycles by name, with their lengths in days."""
         return {"year": _DAYS_PER_YEAR, "week": 7.0} | ({"day": 1.0} if self.hours else {})
 
     @property
     def inputs(self) -> list[str]:
+        """Names of the network's inputs."""
         waves = [f"{self.name} {wave} of {cycle}" for cycle in self.cycles for wave in ("cos", "sin")]
         return [self.name, *waves, *_missing_input(self)]
 
     @property
     def expected(self) -> str:
+        """What a cell should hold, in words."""
         return _with_words("a date or time such as 2026-11-22 or 2026-11-22 09:30", self.writing)
 
     def describe(self) -> str:
+        """What it does, in words."""
         place = f"standardised; place within the {', '.join(self.cycles)} as cosine and sine"
         return place + _missing_words(self, "the mean") + _read_words(self.writing)
 
     def transform(self, series: "pl.Series") -> Part:
+        """The column standardised in days, and its place within each cycle as cosine and sine."""
         values, bad = to_times(series, self.writing)
         days, missing = _days(values)
         columns = [_soft_clip((days - self.mean) / self.scale)]
@@ -236,6 +262,7 @@ def to_record(treatment: Treatment) -> dict:
 
 
 def from_record(record: Mapping) -> Treatment:
+    """The treatment that `to_record` wrote down."""
     content = dict(record)
     kind = content.pop("kind")
     if "writing" in content:

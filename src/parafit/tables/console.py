@@ -30,6 +30,14 @@ class Screen:
         self._console = Console(quiet=not verbose, highlight=False, soft_wrap=True)
 
     def table_read(self, name: str, frame: "pl.DataFrame", preparation: Preparation, notes: list[str]) -> None:
+        """Say what was read and what becomes of each column.
+
+        Args:
+            name: name of the table.
+            frame: the table.
+            preparation: what was learnt of it.
+            notes: what else there is to say, a line each.
+        """
         target = preparation.target
         self._print(f"table    {name}: {frame.height:,} rows, {frame.width} columns")
         self._print(f"target   {target.name}: {target.task}, {_target_words(target)}, because {target.reason}")
@@ -49,9 +57,18 @@ class Screen:
             self.note(words)
 
     def note(self, words: str) -> None:
+        """Something worth knowing."""
         self._print(f"note     {words}")
 
     def network(self, model: Any, settings: Settings, plan: Plan, split: Split) -> None:
+        """Say what will be trained, on which rows and devices.
+
+        Args:
+            model: a built Keras model.
+            settings: settings of the training.
+            plan: the plan it runs under.
+            split: the rows.
+        """
         widths = " → ".join(str(width) for width in layer_widths(model))
         steps = math.ceil(len(split.train) / settings.batch_size)
         self._print(f"network  {widths}, {model.count_params():,} parameters")
@@ -79,6 +96,12 @@ class Screen:
             yield [_after_epoch(tell)]
 
     def scores(self, result: "TableModel", seconds: float) -> None:
+        """Say how well it went.
+
+        Args:
+            result: the trained model with its scores.
+            seconds: time that training took.
+        """
         epochs = len(result.history.get("loss", ()))
         if result.stopped:
             self._print(f"stopped  {result.stopped}", style="bold yellow")
@@ -90,6 +113,7 @@ class Screen:
             self._grid(["", *labels], *([label, *row] for label, row in zip(labels, result.scores["test"]["confusion"])))
 
     def written(self, place) -> None:
+        """Say where the model is."""
         self._print(f"written  {place}")
 
     def _print(self, words: str, **options) -> None:

@@ -54,6 +54,10 @@ class Reading:
 def recognise(frame: "pl.DataFrame", rows: Rows) -> dict[str, Reading]:
     """What each column's values are. Where a column leaves its decimal sign or the order of its dates open, the others decide.
 
+    Args:
+        frame: the table.
+        rows: names its rows in messages.
+
     Raises:
         DataError: numbers or times among which too many cells are words.
     """
@@ -126,7 +130,12 @@ def known_texts(series: "pl.Series") -> "pl.Series":
 
 
 def read_cells(series: "pl.Series", writing: NumberWriting | TimeWriting) -> "tuple[pl.Series, np.ndarray]":
-    """Texts as numbers or times, null where they are missing or bad, and the rows (indices) of the bad ones."""
+    """Texts as numbers or times, null where they are missing or bad, and the rows (indices) of the bad ones.
+
+    Args:
+        series: a column of texts.
+        writing: how its numbers or times are written.
+    """
     known = known_texts(series)
     texts = series if known.sum() == len(series) - series.null_count() else series.set(~known, None)
     values = _parse(texts, writing)

@@ -47,7 +47,11 @@ class TableModel:
 
 
 def check_folder(folder: "str | Path", *, force: bool = False) -> None:
-    """Find out, before any work, whether `write_folder` will be able to write here; `force` lets it replace a model.
+    """Find out, before any work, whether `write_folder` will be able to write here.
+
+    Args:
+        folder: place of the model.
+        force: whether it may replace a model.
 
     Raises:
         OutputError: a model or something else is in the way, or the place cannot be written.
@@ -65,6 +69,12 @@ def write_folder(folder: "str | Path", result: TableModel, report_html: str, *, 
     """Write the files of `FILES` into a temporary folder beside `folder`, then give it that name.
 
     Without `force`, a model that came there during training stays, and the folder gets the next free name.
+
+    Args:
+        folder: place of the model.
+        result: the model with all that was learnt and measured.
+        report_html: the report, as text.
+        force: whether it may replace a model.
 
     Returns:
         The folder that was written.

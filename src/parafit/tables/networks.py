@@ -43,6 +43,11 @@ def choose_settings(rows: int, task: str, *, epochs: int | None = None, batch_si
 
     About 8,000 steps are enough for small tables; large ones are seen at least 15 times.
 
+    Args:
+        rows: number of training rows.
+        task: "classification" or "regression".
+        epochs, batch_size: as the user chose them; None: chosen here.
+
     >>> choose_settings(1200, "classification").batch_size
     32
     """
@@ -62,7 +67,14 @@ def choose_settings(rows: int, task: str, *, epochs: int | None = None, batch_si
 
 
 def default_network(input_size: int, target: Target, settings: Settings, rows: int) -> Any:
-    """A compiled Keras model: dense ReLU layers with dropout, and one linear output for each class, or one."""
+    """A compiled Keras model: dense ReLU layers with dropout, and one linear output for each class, or one.
+
+    Args:
+        input_size: number of the network's inputs.
+        target: the target that it predicts.
+        settings: settings of the training.
+        rows: number of training rows.
+    """
     import keras
 
     hidden = [
@@ -83,6 +95,10 @@ def load_network(path: "str | Path", input_size: int, target: Target, settings: 
             model. It is called with `(inputs,)` and the number of classes, or 1 for regression. The model maps
             (rows, inputs) to (rows, output_size): a class score each, or probabilities if its last layer is a softmax;
             for regression the standardised target. If it is compiled, that stays as it is.
+        input_size: number of inputs that the table gives.
+        target: the target to predict.
+        settings: settings of the training.
+        rows: number of training rows.
 
     Raises:
         ModelError: the file cannot be used, or its network does not fit the table.
@@ -131,7 +147,13 @@ def load_keras_file(path: Path) -> Any:
 
 
 def check_network(model: Any, input_size: int, target: Target) -> None:
-    """Raise ModelError unless the model maps (rows, input_size) to (rows, output_size) and can be saved and loaded again."""
+    """Raise ModelError unless the model maps (rows, input_size) to (rows, output_size) and can be saved and loaded again.
+
+    Args:
+        model: a Keras model.
+        input_size: number of inputs that the table gives.
+        target: the target to predict.
+    """
     _check_known_layers(model)
     if not model.built:
         model.build((None, input_size))
@@ -150,14 +172,26 @@ def check_network(model: Any, input_size: int, target: Target) -> None:
 
 
 def encode_labels(model: Any, target: Target, codes: np.ndarray) -> np.ndarray:
-    """The target as the model's loss wants it: class numbers for a sparse loss, one-hot rows for others, quantities as they are."""
+    """The target as the model's loss wants it: class numbers for a sparse loss, one-hot rows for others, quantities as they are.
+
+    Args:
+        model: a compiled Keras model.
+        target: the target that it predicts.
+        codes: class numbers, or quantities, of shape (rows,).
+    """
     if target.task == "regression" or "sparse" in _loss_name(model):
         return codes
     return np.eye(target.output_size, dtype=np.float32)[codes]
 
 
 def to_predictions(model: Any, target: Target, outputs: np.ndarray) -> np.ndarray:
-    """Probabilities from the network's scores, float64 of shape (rows, classes); quantities as they are."""
+    """Probabilities from the network's scores, float64 of shape (rows, classes); quantities as they are.
+
+    Args:
+        model: a Keras model.
+        target: the target that it predicts.
+        outputs: the model's outputs, of shape (rows, output_size).
+    """
     outputs = np.asarray(outputs, np.float64)
     if target.task == "regression" or _last_activation(model) == "softmax":
         return outputs
@@ -180,6 +214,16 @@ def _compile(model: Any, target: Target, settings: Settings, rows: int) -> None:
 
 
 def call_build_model(path: Path, input_size: int, output_size: int) -> Any:
+    """The model that a Python file's `build_model((input_size,), output_size)` gives.
+
+    Args:
+        path: path of the file.
+        input_size: number of inputs that the table gives.
+        output_size: number of classes, or 1 for regression.
+
+    Raises:
+        ModelError: the file or its function fails, or gives no Keras model.
+    """
     import keras
 
     spec = importlib.util.spec_from_file_location(path.stem, path)

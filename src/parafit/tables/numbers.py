@@ -90,6 +90,10 @@ def find_number_writing(texts: "pl.Series", comma: bool | None = None) -> tuple[
 def parse_numbers(texts: "pl.Series", writing: NumberWriting) -> "pl.Series":
     """The texts as float64, null where a text is no number or written otherwise.
 
+    Args:
+        texts: a column of texts.
+        writing: how its numbers are written.
+
     >>> import polars as pl
     >>> parse_numbers(pl.Series(["$1,200", "($5)", "1,20"]), NumberWriting(grouping=",", unit="$", parentheses=True)).to_list()
     [1200.0, -5.0, None]

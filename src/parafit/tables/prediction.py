@@ -54,7 +54,12 @@ class Notes:
     reading: dict[str, int] = field(default_factory=dict)
 
     def count(self, table: Table, inputs: Inputs) -> None:
-        """Count another part of the table in."""
+        """Count another part of the table in.
+
+        Args:
+            table: the part.
+            inputs: what preprocessing made of it.
+        """
         self.rows += table.frame.height
         self.known.update(inputs.known)
         self.unseen.update(inputs.unseen)

@@ -61,6 +61,7 @@ class Preparation:
         )
 
     def to_json(self) -> str:
+        """The text that `from_json` reads."""
         content = {
             "format": _FORMAT,
             "target": to_record(self.target),
@@ -110,7 +111,13 @@ class Inputs:
 
 
 def fit_preparation(frame: "pl.DataFrame", target: Target, training: np.ndarray, rows: Rows = _ROWS) -> Preparation:
-    """Choose and fit a treatment for every column but the target; statistics come from the `training` rows (indices).
+    """Choose and fit a treatment for every column but the target; statistics come from the training rows alone.
+
+    Args:
+        frame: the table.
+        target: the column to predict.
+        training: the training rows (indices).
+        rows: names its rows in messages.
 
     Raises:
         DataError: no column is left to learn from, or one holds numbers or times and too many cells that are none.
@@ -132,7 +139,12 @@ def fit_preparation(frame: "pl.DataFrame", target: Target, training: np.ndarray,
 
 
 def check_columns(frame: "pl.DataFrame", names: list[str]) -> None:
-    """Raise DataError when `frame` lacks one of these columns, with what it has instead."""
+    """Raise DataError when `frame` lacks one of these columns, with what it has instead.
+
+    Args:
+        frame: a table.
+        names: names of the columns that it should have.
+    """
     import difflib
 
     absent = [name for name in names if name not in frame.columns]

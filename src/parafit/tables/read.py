@@ -42,6 +42,10 @@ def read_table(table) -> Table:
 def read_batches(path: "str | Path", rows: int) -> Iterator[Table]:
     """The table in a file, at most `rows` rows at a time, in order; a table without rows is one empty part.
 
+    Args:
+        path: path of the file.
+        rows: number of rows in a part, at most.
+
     Raises:
         DataError: as `read_table` does, at the part where it shows.
     """
@@ -55,6 +59,10 @@ def read_batches(path: "str | Path", rows: int) -> Iterator[Table]:
 
 def table_format(path: "str | Path", *, writing: bool = False) -> str:
     """The ending that says how a table's file is written, without `.gz`.
+
+    Args:
+        path: path of the file.
+        writing: whether it is to be written rather than read.
 
     Raises:
         DataError: an ending parafit does not know, or cannot write.

@@ -45,6 +45,10 @@ class Rows:
     def cells(self, series: "pl.Series", rows) -> list[str]:
         """Some of these cells of a column with their places, in words.
 
+        Args:
+            series: a column.
+            rows: indices of its cells.
+
         >>> import polars as pl
         >>> Rows().cells(pl.Series(["x", "1", "y"]), [0, 2])
         ["'x' in row 1", "'y' in row 3"]
@@ -55,6 +59,10 @@ class Rows:
 
 def some_of(words: list[str], count: int) -> str:
     """The first of `count` things, and how many more there are.
+
+    Args:
+        words: the first of them, at least as many as are shown.
+        count: number of all of them.
 
     >>> some_of(["'x' in row 1", "'y' in row 3"], 12)
     "'x' in row 1, 'y' in row 3, and 10 more"
@@ -85,7 +93,12 @@ class Table:
 
 
 def add_notes(total: dict[str, int], more: Mapping[str, int]) -> None:
-    """Count the notes of another part in."""
+    """Count the notes of another part in.
+
+    Args:
+        total: how many times each note applies; changed.
+        more: the same of the other part.
+    """
     for words, count in more.items():
         total[words] = total.get(words, 0) + count
 

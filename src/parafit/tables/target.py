@@ -47,6 +47,7 @@ class Classes:
 
     @property
     def output_size(self) -> int:
+        """Outputs of the network: one for each class."""
         return len(self.labels)
 
     def encode(self, series: "pl.Series") -> np.ndarray:
@@ -170,6 +171,7 @@ def to_record(target: Target) -> dict:
 
 
 def from_record(record: Mapping) -> Target:
+    """The target that `to_record` wrote down."""
     content = dict(record)
     if content.pop("task") == "classification":
         return Classes(**content)

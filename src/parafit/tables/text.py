@@ -42,6 +42,11 @@ def read_text(path: Path, suffix: str, rows: int) -> Iterator[Table]:
     A line without any value is left out where the table has more than one column, and so is a line that repeats the
     header; both are counted.
 
+    Args:
+        path: path of the file.
+        suffix: its format, such as ".csv".
+        rows: number of rows in a part, at most.
+
     Raises:
         DataError: with the line that cannot be read.
     """
@@ -71,7 +76,12 @@ class _Form:
 
 
 def check_column_names(names: list[str], where: str) -> None:
-    """Raise DataError if two columns have one name."""
+    """Raise DataError if two columns have one name.
+
+    Args:
+        names: names of the columns, in order.
+        where: the table, in words.
+    """
     twice = [name for name, count in Counter(name.strip() for name in names).items() if count > 1 and name]
     if twice:
         places = [str(place) for place, name in enumerate(names, start=1) if name.strip() == twice[0]]
@@ -95,7 +105,12 @@ def says_missing(text):
 
 
 def repeated_headers(batch: "pl.DataFrame", header: list[str]) -> np.ndarray:
-    """Which rows say the header again, as where files were put one after the other."""
+    """Which rows say the header again, as where files were put one after the other.
+
+    Args:
+        batch: some rows of a table.
+        header: names of its columns.
+    """
     import polars as pl
 
     named = [place for place, name in enumerate(header) if name.strip()]

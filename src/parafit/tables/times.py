@@ -83,6 +83,10 @@ def parse_times(texts: "pl.Series", writing: TimeWriting) -> "pl.Series":
 
     Dates as ISO 8601 writes them can be taken for nothing else, and are read in every column.
 
+    Args:
+        texts: a column of texts.
+        writing: how its times are written.
+
     >>> import polars as pl
     >>> parse_times(pl.Series(["1.2.2024 9:30", "2024-02-01", "2/13/2024"]), TimeWriting(order="day.month.year")).to_list()
     [datetime.datetime(2024, 2, 1, 9, 30), datetime.datetime(2024, 2, 1, 0, 0), None]

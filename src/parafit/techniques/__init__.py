@@ -126,6 +126,10 @@ def accumulate(gradients_of: Callable, placement: Placement) -> Callable:
     """`gradients_of` run on microbatches one after the other: gradients are those of the mean loss over the whole batch.
 
     A batch that the devices and microbatches do not divide is cut into equal parts and a smaller last one; no part is split unevenly.
+
+    Args:
+        gradients_of: `(weights, (non-trainable, optimizer, metrics), batch) -> (gradients, logs, non-trainable, metrics)`.
+        placement: its plan says how many microbatches there are, and its devices how each is split.
     """
 
     def accumulated(state, batch):

@@ -2,7 +2,7 @@
 
 XLA fills up what an axis does not divide, and at times counts the filling: scatters add it to row 0 as soon as the mesh has a second axis,
 and the gradients of `sort` and `take` abort the process (JAX 0.10, both partitioners). What enters and leaves a step is split
-evenly by `mesh.Placement`; here the arrays in between are. XLA spreads the splits that it is given from array to array, through slices,
+evenly by `Placement`; here the arrays in between are. XLA spreads the splits that it is given from array to array, through slices,
 concatenations and reshapes too, to dimensions that their axes do not divide: these are kept whole.
 """
 

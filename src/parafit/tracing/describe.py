@@ -17,7 +17,13 @@ def attribute(graph: Graph) -> None:
 
 
 def describe(graph: Graph, name: str, like: Program | None = None) -> Program:
-    """The program of a graph; dims are named as in another program of the same arguments, where one is given."""
+    """The program of a graph; dims are named as in another program of the same arguments, where one is given.
+
+    Args:
+        graph: the step as traced.
+        name: name of the program.
+        like: a program of the same arguments.
+    """
     attribute(graph)
     names = _Names(graph)
     operations = tuple(names.operation(kernel) for kernel in group(graph))

@@ -2,7 +2,14 @@
 
 A **rule** takes the dims of the operands and returns those of the results, and the dims summed over. It ties (the same
 elements on both sides) and fixes (the primitive cannot split this dimension without moving data between devices).
-JAX is not imported: a rule reads the parameters of a traced equation.
+JAX is not imported: a rule reads the parameters of a traced equation. Each is written as in einsum: (dims of an operand), ... → (dims of a
+result); a dim that appears on both sides is the same, n is a new one, and [n] is fixed.
+
+Args:
+    dims: all dims of the step, where the rule ties and fixes them.
+    params: parameters of the equation.
+    inputs: dims of the operands.
+    shapes: shapes of the results.
 """
 
 from collections.abc import Callable
@@ -22,16 +29,19 @@ def _news(dims: Dims, shape: Shape) -> list[int]:
 
 
 def unknown(dims: Dims, params, inputs, shapes) -> Ties:
+    """([a] [b]), ([c]) → ([m] [n]): nothing is known, so nothing can be split."""
     outputs = free(dims, params, inputs, shapes)[0]
     dims.fix(dim for group in (*inputs, *outputs) for dim in group)
     return outputs, []
 
 
 def free(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a b) → (m n): results have dims of their own."""
     return [_news(dims, shape) for shape in shapes], []
 
 
 def elementwise(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a b), (a b) → (a b); an operand of size 1 along a dimension meets any."""
     return [_meet(dims, inputs, shape) for shape in shapes], []
 
 
@@ -46,10 +56,12 @@ def _meet(dims: Dims, inputs: list[list[int]], shape: Shape) -> list[int]:
 
 
 def identity(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a b), (c) → (a b), (c): results are the operands."""
     return [list(group) for group in inputs], []
 
 
 def broadcast(dims: Dims, params, inputs, shapes) -> Ties:
+    """(b) → (n b): what is repeated is new."""
     result = _news(dims, shapes[0])
     for dim, place in zip(inputs[0] if inputs else (), params["broadcast_dimensions"]):
         if dims.size(dim) == shapes[0][place]:
@@ -58,31 +70,36 @@ def broadcast(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def transpose(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a b) → (b a)."""
     return [[inputs[0][place] for place in params["permutation"]]], []
 
 
 def reshape(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a b) → (ab), (ab) → (a b): row-major, by the factors of the sizes."""
     return [dims.reshape(inputs[0], shapes[0])], []
 
 
 def reverse(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a [b]) → (a [b]): what is turned round is fixed."""
     dims.fix(inputs[0][place] for place in params["dimensions"])
     return [list(inputs[0])], []
 
 
 def reduce(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a b) → (a), summed over b."""
     axes = set(params["axes"])
     return [[dim for place, dim in enumerate(inputs[0]) if place not in axes]], [inputs[0][axis] for axis in axes]
 
 
 def reduce_oddly(dims: Dims, params, inputs, shapes) -> Ties:
-    """Reductions whose partial results no sum, maximum or minimum over devices joins."""
+    """(a [b]) → (a), where no sum, maximum or minimum over devices joins partial results."""
     axes = set(params.get("axes", params.get("dimensions", ())))
     dims.fix(inputs[0][axis] for axis in axes)
     return [[dim for place, dim in enumerate(inputs[0]) if place not in axes] for _ in shapes], []
 
 
 def dot(dims: Dims, params, inputs, shapes) -> Ties:
+    """(g a k), (g k b) → (g a b), summed over k."""
     (left_sums, right_sums), (left_batch, right_batch) = params["dimension_numbers"]
     left, right = inputs
     for one, other in zip((*left_sums, *left_batch), (*right_sums, *right_batch)):
@@ -97,6 +114,7 @@ def _taken(inputs, params):
 
 
 def convolution(dims: Dims, params, inputs, shapes) -> Ties:
+    """(b i s), (o i w) → (b o n), summed over i; s itself where the window is one place wide and skips none."""
     numbers = params["dimension_numbers"]
     (batch, feature, *places), (leaving, entering, *windows), (out_batch, out_feature, *outs) = (
         numbers.lhs_spec,
@@ -133,12 +151,14 @@ def _windowed(dims: Dims, dim: int, size: int) -> int:
 
 
 def window(dims: Dims, params, inputs, shapes) -> Ties:
+    """(b [s]) → (b [n]), where windows move along s; b is any dimension along which they do not."""
     windows = zip(params["window_dimensions"], params["window_strides"])
     moved = [window != 1 or stride != 1 for window, stride in windows]
     return [[_windowed(dims, dim, size) if slides else dim for dim, size, slides in zip(inputs[-1], shapes[0], moved)] for _ in shapes], []
 
 
 def window_gradient(dims: Dims, params, inputs, shapes) -> Ties:
+    """(b [n]), (b [s]) → (b [s]): the gradient of a pooling, back at the places that it came from."""
     source, operand = inputs[0], inputs[1]
     for one, other in zip(source, operand):
         if dims.size(one) == dims.size(other):
@@ -160,6 +180,7 @@ def along(name: str) -> Rule:
 
 
 def top(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a [b]) → (a [n]): the largest entries, and their places."""
     axis = params["axis"]
     new = dims.new(params["k"])
     dims.fix((inputs[0][axis], new))
@@ -168,6 +189,7 @@ def top(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def concatenate(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a [b]), (a [c]) → (a n)."""
     axis = params["dimension"]
     result = []
     for place, size in enumerate(shapes[0]):
@@ -181,7 +203,7 @@ def concatenate(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def stack(dims: Dims, params, inputs, shapes) -> Ties:
-    """Arrays of one shape side by side along a new dimension."""
+    """(a), (a) → ([n] a)."""
     one = elementwise(dims, params, inputs, [_without(shapes[0], params["axis"])])[0][0]
     new = dims.new(len(inputs))
     dims.fix([new])
@@ -193,12 +215,13 @@ def _without(shape: Shape, axis: int) -> Shape:
 
 
 def unstack(dims: Dims, params, inputs, shapes) -> Ties:
+    """([b] a) → (a), (a)."""
     dims.fix([inputs[0][params["axis"]]])
     return [[dim for place, dim in enumerate(inputs[0]) if place != params["axis"]] for _ in shapes], []
 
 
 def crop(dims: Dims, params, inputs, shapes) -> Ties:
-    """Slices and pads: dimensions that keep their size are the same, the others are cut, which a split could not follow."""
+    """(a [b]) → (a n): dimensions that keep their size are the same, the others are cut, which a split could not follow."""
     return [_keep(dims, inputs[0], shape) for shape in shapes], []
 
 
@@ -208,12 +231,14 @@ def _keep(dims: Dims, group: list[int], shape: Shape) -> list[int]:
 
 
 def pad(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a [b]) → (a n), where b is padded and a is not."""
     same = [tuple(config) == (0, 0, 0) for config in params["padding_config"]]
     dims.fix(dim for dim, kept in zip(inputs[0], same) if not kept)
     return [[dim if kept else dims.new(size) for dim, size, kept in zip(inputs[0], shapes[0], same)]], []
 
 
 def update(dims: Dims, params, inputs, shapes) -> Ties:
+    """(a [b]), (a [c]) → (a [b]): a part is written over, as long as the whole along a."""
     for dim, part in zip(inputs[0], inputs[1]):
         if dims.size(dim) == dims.size(part):
             dims.tie(dim, part)
@@ -223,6 +248,7 @@ def update(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def gather(dims: Dims, params, inputs, shapes) -> Ties:
+    """(t d), (r i) → (r d): rows looked up in a table by indices along i, as if summed over t."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     operand, indices = inputs
     for place, other in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims):
@@ -241,6 +267,12 @@ def gather(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def scatter(sums: bool) -> Rule:
+    """(t d), (r i), (r d) → (t d): rows written into a table by indices along i.
+
+    Args:
+        sums: whether they are added, over r then, or replace what is there, which fixes r.
+    """
+
     def rule(dims: Dims, params, inputs, shapes) -> Ties:
         numbers = params["dimension_numbers"]
         operand, indices, updates = inputs

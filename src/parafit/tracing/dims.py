@@ -60,7 +60,11 @@ class Dims:
         return frozenset(factor for dim in self._fixed for factor in self.factors(dim))
 
     def tie(self, one: int, other: int) -> bool:
-        """Make two dimensions of equal size the same; where their factors do not fit each other, fix both and return False."""
+        """Make two dimensions of equal size the same; where their factors do not fit each other, fix both and return False.
+
+        Args:
+            one, other: dimensions.
+        """
         left, right = [one], [other]
         while left and right:
             a, b = self._pop(left), self._pop(right)
@@ -78,7 +82,12 @@ class Dims:
         return True
 
     def reshape(self, dims: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """The dimensions of a row-major reshape: cut and joined where factors fit, else new ones, and the old ones fixed."""
+        """The dimensions of a row-major reshape: cut and joined where factors fit, else new ones, and the old ones fixed.
+
+        Args:
+            dims: dimensions of the operand.
+            sizes: sizes of the result's dimensions.
+        """
         result: list[int] = []
         for old, new in groups([self._sizes[dim] for dim in dims], sizes):
             result += self._regroup([dims[index] for index in old], [sizes[index] for index in new])
@@ -145,6 +154,9 @@ class Dims:
 
 def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of old and new dimensions with equal products.
+
+    Args:
+        old, new: sizes, whose products are equal.
 
     >>> groups([4, 6, 5], [24, 5])
     [([0, 1], [0]), ([2], [1])]

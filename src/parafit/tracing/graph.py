@@ -154,7 +154,13 @@ class Graph:
                 self._tie(held[leaf.like].dims, slot.dims)
 
     def visited(self, equation, inputs: list[Value], outputs: list[Value]) -> None:
-        """Called after every equation, at every depth: for those who look for something else than operations."""
+        """Called after every equation, at every depth: for those who look for something else than operations.
+
+        Args:
+            equation: the equation as traced.
+            inputs: the values that it reads.
+            outputs: the values that it gives.
+        """
 
     # Jaxprs within jaxprs ------------------------------------------------------------------------------------------------------------
 

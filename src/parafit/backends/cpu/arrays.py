@@ -1,6 +1,6 @@
 """The arrays that XLA:CPU makes of a step, from a graph of it, and what it takes together. Plain Python.
 
-Read from the programs that XLA makes (JAX 0.10.2; read again in 0.11 and 0.12, `support/versions.py`):
+Read from the programs that XLA makes (JAX 0.10.2; read again in 0.11 and 0.12, `versions.py`):
 - what is written down twice is computed once; smaller operands are broadcast by operations of their own;
 - a product asks for its operands in an order of dims; where they lie otherwise, it reads a transposed copy;
 - sums over many numbers are calls of a library, and take in the products and the arithmetic around them that nothing else reads.

@@ -16,6 +16,7 @@ MOST_TOP_PASSES = 128
 
 
 def choose_top_k(equation: JaxprEqn) -> Callable | None:
+    """`top_k` of few candidates in float32 or less, as one maximum after the other; None where XLA's own form is kept."""
     operand, count, axis = equation.invars[0].aval, equation.params["k"], equation.params["axis"]
     kinds = jnp.float32, jnp.float16, jnp.bfloat16
     if count * operand.shape[axis] > MOST_TOP_PASSES or operand.dtype not in kinds or axis != len(operand.shape) - 1:
@@ -42,6 +43,7 @@ def _ordered_keys(values: jax.Array) -> jax.Array:
 
 
 def choose_random_bits(equation: JaxprEqn) -> Callable | None:
+    """32 random bits a number, drawn for two halves of an array at once; None where XLA's own form is kept."""
     key, shape, width = equation.invars[0].aval, equation.params["shape"], equation.params["bit_width"]
     ours = str(key.dtype) == "key<fry>" and key.shape == () and width == 32 and jax.config.jax_threefry_partitionable
     if not ours or not 0 < math.prod(shape) < 2**32:

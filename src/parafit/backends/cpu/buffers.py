@@ -1,6 +1,6 @@
 """What a step holds in memory under XLA:CPU beside its state, and from when to when. Plain Python.
 
-Read from the programs that XLA makes (JAX 0.10.2; read again in 0.11 and 0.12, `support/versions.py`):
+Read from the programs that XLA makes (JAX 0.10.2; read again in 0.11 and 0.12, `versions.py`):
 - fusion: an operation on elements runs inside every operation that can take it in, however often it is then computed, unless it is
   costly (exp, a division) and has several readers. What some reader must have in memory is stored; others read it there too, unless it
   is made from one array of its size alone: then they compute it again.
@@ -52,7 +52,12 @@ def buffers(graph: Graph, program: Program, arrays: Sequence[Array], results: Se
 
 
 def dim_names(graph: Graph, program: Program) -> dict[Any, str]:
-    """The program's names of the dims of a graph of the same step, as far as its arguments have them."""
+    """The program's names of the dims of a graph of the same step, as far as its arguments have them.
+
+    Args:
+        graph: a step as a graph.
+        program: the same step as a program.
+    """
     return {
         graph.dims.major(dim): name for value in graph.arguments for dim, name in zip(value.dims, program.tensors[value.name].dims) if name
     }

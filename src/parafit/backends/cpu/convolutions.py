@@ -34,7 +34,12 @@ def is_kernel_gradient(equation: JaxprEqn) -> bool:
 
 
 def choose_convolution(equation: JaxprEqn, *, alone: bool = True) -> Callable | None:
-    """The form of a convolution that is an operation by itself, or, if not `alone`, may run as one with its neighbours."""
+    """The form of a convolution that XLA:CPU runs well; None where its own is kept.
+
+    Args:
+        equation: the convolution.
+        alone: whether it is an operation by itself, rather than one that may run as one with its neighbours.
+    """
     params, dims = equation.params, equation.params["dimension_numbers"]
     images, kernel = (var.aval for var in equation.invars)
     inner = _convolution_form(equation, alone)

@@ -18,6 +18,7 @@ _MANY_CHANNELS = 16
 
 
 def choose_pool_gradient(equation: JaxprEqn) -> Callable | None:
+    """The gradient of a maximum over windows, spread by shifted copies of it; None where XLA's own form is kept."""
     params = equation.params
     window, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
     if params["select_prim"].name != "ge" or math.prod(window) > MOST_OFFSETS:
@@ -110,6 +111,10 @@ def choose_pool(equation: JaxprEqn, *, alone: bool = True) -> Callable | None:
 
     XLA's own form stays where it is faster: large or padded windows side by side, and all that may run as one with their neighbours (not
     `alone`); sums of few shifts by one.
+
+    Args:
+        equation: the pooling.
+        alone: whether it is an operation by itself, rather than one that may run as one with its neighbours.
     """
     params, operand = equation.params, equation.invars[0].aval
     window, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]

@@ -11,6 +11,7 @@ from jax.extend.core import JaxprEqn
 
 
 def choose_dot(equation: JaxprEqn) -> Callable | None:
+    """A product in the order of operations, or in the precision, that XLA:CPU runs best; None where its own form is kept."""
     sums, batch = equation.params["dimension_numbers"]
     left, right = (var.aval for var in equation.invars)
     if left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating) or equation.params["out_sharding"]:
@@ -88,7 +89,13 @@ def _leading_product_form(equation: JaxprEqn) -> Callable | None:
 
 
 def product(left: jax.Array, right: jax.Array, sums: tuple[Sequence[int], Sequence[int]], *, precision=None, preferred_element_type=None):
-    """The product of two arrays summed over dims `sums`: the other dims of left, then those of right."""
+    """The product of two arrays: the other dimensions of left, then those of right.
+
+    Args:
+        left, right: arrays of one dtype.
+        sums: the dimensions of each that are summed over.
+        precision, preferred_element_type: as in `jax.lax.dot_general`.
+    """
     dims = sums, ((), ())
     if left.dtype == jnp.bfloat16:
         return _half_product(left, right, dims, precision).astype(preferred_element_type or left.dtype)
@@ -96,7 +103,13 @@ def product(left: jax.Array, right: jax.Array, sums: tuple[Sequence[int], Sequen
 
 
 def kernel_gradient(left: jax.Array, right: jax.Array, **options) -> jax.Array:
-    """leftᵀ right for left (terms, rows), right (terms, columns), in the order of operations that XLA:CPU runs best."""
+    """leftᵀ right, in the order of operations that XLA:CPU runs best.
+
+    Args:
+        left: array of shape (terms, rows).
+        right: array of shape (terms, columns).
+        options: `precision` and `preferred_element_type`, as in `jax.lax.dot_general`.
+    """
     terms, rows = left.shape
     if left.dtype == jnp.bfloat16:
         return _half_kernel_gradient(left, right, **options)

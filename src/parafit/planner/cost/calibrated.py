@@ -1,4 +1,10 @@
-"""What operations take on a calibrated device: between what was measured of it. Plain Python."""
+"""What operations take on a calibrated device: between what was measured of it. Plain Python.
+
+Args:
+    operation: an operation of the program, but not of its update.
+    share: the part of one run of it that a device does.
+    nbytes: bytes that a device moves in one run of it.
+"""
 
 import math
 from collections import Counter
@@ -74,7 +80,12 @@ class Measured:
         return share.flops / self.device.peak(self.precision)
 
     def product_of(self, result: Tensor, flops: float) -> tuple[float, ...]:
-        """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last."""
+        """The product of matrices, (1, rows, inner, columns), that a device's part of a convolution stands for, channels last.
+
+        Args:
+            result: the tensor that a convolution gives, channels last.
+            flops: operations of one run on a device.
+        """
         size = self.partition.local_bytes(result) / result.itemsize
         columns = result.shape[-1] * self.partition.fraction(result.dims[-1:])
         return 1, size / columns, max(1.0, flops / 2 / size), columns
@@ -134,7 +145,11 @@ class Measured:
         return self.device.curve_seconds(near, nbytes) * max(1.0, slower)
 
     def far_seconds(self, kind: str, nbytes: float) -> float:
-        """Bytes that were last touched a whole step ago."""
+        """Bytes that were last touched a whole step ago.
+
+        Args:
+            kind: kind of the operation, by the name of its curve.
+        """
         reach = max(self.reach_bytes(), nbytes)
         return self.device.curve_seconds(kind, reach) * nbytes / reach
 

@@ -1,7 +1,7 @@
 """`Cost`: what a plan takes on a machine, in named parts that add up. `price` works it out. Plain Python.
 
 Every operation takes the longer of its arithmetic and its memory traffic (the roofline), plus what starting it costs. Collectives
-follow from the layouts (`shares`) and take alpha-beta times (`collectives`); what runs beside computation is hidden as far as there is
+follow from the layouts (`partition`) and take alpha-beta times (`collectives`); what runs beside computation is hidden as far as there is
 computation to hide it. A pipeline of p stages, m microbatches and v chunks a stage idles (p - 1) / v microbatches (1F1B, Narayanan et
 al. 2021).
 """
@@ -160,12 +160,23 @@ class Estimator:
         return times
 
     def operation_seconds(self, operation: Operation, share) -> float:
-        """The roofline of one run, or what was measured."""
+        """The roofline of one run, or what was measured.
+
+        Args:
+            operation: an operation of the program.
+            share: the part of one run of it that a device does.
+        """
         if self.measured:
             return self.measured.operation_seconds(operation, share)
         return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + self.machine.device.operation_seconds
 
     def arithmetic_seconds(self, operation: Operation, share) -> float:
+        """Seconds of the arithmetic of one run; 0 where memory alone decides.
+
+        Args:
+            operation: an operation of the program.
+            share: the part of one run of it that a device does.
+        """
         if operation.kind == "attention":
             shares = self.software.attention or self.machine.device.attention
             if shares:
@@ -178,13 +189,23 @@ class Estimator:
         return 0.0
 
     def exposed(self, exchange: Exchange, beside: float) -> float:
-        """Seconds of a collective that nothing hides, where so many seconds of computation run beside it."""
+        """Seconds of a collective that nothing hides, where so many seconds of computation run beside it.
+
+        Args:
+            exchange: the collective, with the bytes on a device.
+            beside: seconds of the computation.
+        """
         taken = seconds(exchange.kind, exchange.bytes, self.partition.group(exchange.axis), self.machine)
         copied = self.software.overlap_tensor == "all"
         return max(0.0, taken - beside) if copied or not beside else self.hidden(taken, 0.0, beside, exchange.axis)
 
     def overlaps(self, exchange: Exchange, operation: Operation) -> bool:
-        """Whether a collective runs beside a product. Both products of a layer's backward pass wait for the gradient of its result."""
+        """Whether a collective runs beside a product. Both products of a layer's backward pass wait for the gradient of its result.
+
+        Args:
+            exchange: the collective.
+            operation: the operation that needs it.
+        """
         if exchange.axis != "tensor" or self.software.overlap_tensor != "independent":
             return exchange.axis == "tensor" and self.software.overlap_tensor == "all"
         waited = exchange.kind == ALL_GATHER and exchange.tensor.name not in self.forward_results
@@ -204,7 +225,12 @@ class Estimator:
         return times
 
     def stage_times(self, parts: dict[str, dict[str, float]], hops: Sequence[float]) -> list[dict[str, float]]:
-        """Seconds by part of one microbatch on the first, the last and a middle stage."""
+        """Seconds by part of one microbatch on the first, the last and a middle stage.
+
+        Args:
+            parts: seconds of a microbatch by place ("first", "blocks", "last") and by part; those in "blocks" are of one block.
+            hops: seconds that a microbatch takes from each stage to the next.
+        """
         totals = {place: sum(times.values()) for place, times in parts.items()}
         if self.stages == 1:
             return [_merge(_merge(_times(parts["blocks"], self.blocks), parts["first"]), parts["last"])]
@@ -260,6 +286,7 @@ class Estimator:
         return {"update": total}
 
     def copies(self, count: int) -> int:
+        """How many of an operation's repetitions the fullest pipeline stage holds, of `count` in the model."""
         return math.ceil(count / self.stages) if count > 1 else 1
 
     def reduced(self, times: Mapping[str, float]) -> dict[str, float]:
@@ -274,7 +301,13 @@ class Estimator:
         return {f"gradients {axis}": self.gradient_seconds(axis, nbytes, times) for axis, nbytes in sums.items()}
 
     def gradient_seconds(self, axis: str, nbytes: float, times: Mapping[str, float]) -> float:
-        """Exposed seconds of reducing all gradients along an axis."""
+        """Exposed seconds of reducing all gradients along an axis.
+
+        Args:
+            axis: name of a mesh axis.
+            nbytes: bytes of all gradients on a device.
+            times: seconds of a step by part; backward ones hide the reduction.
+        """
         summed = self.stages > 1 or self.software.sums_microbatches
         each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
         rounds = self.partition.turns if each_time else 1
@@ -292,7 +325,12 @@ class Estimator:
         return self.copies(self.blocks)
 
     def state_seconds(self, axis: str, nbytes: float) -> float:
-        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them."""
+        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them.
+
+        Args:
+            axis: name of a mesh axis.
+            nbytes: bytes of the gradients on a device.
+        """
         group = self.partition.group(axis)
         if axis not in self.plan.store.values() or self.software.reduces_whole:
             return seconds(ALL_REDUCE, nbytes, group, self.machine)
@@ -317,13 +355,28 @@ class Estimator:
         return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
 
     def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
+        """Exposed seconds of gathering the parameters of all blocks, in every turn of a step.
+
+        Args:
+            one: seconds that gathering one block takes.
+            blocks: number of blocks that a device runs.
+            phase: "forward" or "backward": what the gathering runs beside, if the software does so.
+            times: seconds of a step by part.
+        """
         count = self.partition.turns
         whole = one * blocks * count
         return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
 
     def hidden(self, taken: float, least: float, beside: float, axis: str) -> float:
         """What is left of a collective that runs beside computation: its first or last part, what outlasts the computation, and the
-        processor time that it takes from it."""
+        processor time that it takes from it.
+
+        Args:
+            taken: seconds of the collective by itself.
+            least: seconds of the part that nothing runs beside.
+            beside: seconds of the computation.
+            axis: name of a mesh axis.
+        """
         inside, hosts = self.partition.group(axis).split(self.machine.devices_per_host)
         share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))
         left = max(least, taken - beside)
@@ -349,6 +402,7 @@ class Estimator:
         return self.cut({place: sum(self.microbatch(place).values()) for place in ("first", "blocks", "last")})
 
     def stage_parts(self) -> list[Stage]:
+        """The stages that may be the fullest, the first and the last: what each runs and how many microbatches it holds at once."""
         operations = [operation for operation in self.program.operations if operation.phase != "update"]
         if self.stages == 1:
             return [Stage(operations=operations, block_share=1.0, in_flight=1)]

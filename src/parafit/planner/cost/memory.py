@@ -59,7 +59,12 @@ def peak(program: Program, partition: Partition, stage: Stage, *, reserved_bytes
 
 
 def is_compiled(program: Program, plan: Plan) -> bool:
-    """Whether memory under a plan follows from the program's buffers."""
+    """Whether memory under a plan follows from the program's buffers.
+
+    Args:
+        program: the step.
+        plan: the plan that splits it.
+    """
     return bool(program.buffers) and plan.axes.get("pipeline", 1) == 1
 
 
@@ -80,7 +85,12 @@ def _fullest(program: Program, partition: Partition) -> dict[str, float]:
 
 
 def boundary(program: Program, operations: Sequence[Operation]) -> tuple[Tensor, ...]:
-    """What passes from one block to the next: read by a block before any block has written it."""
+    """What passes from one block to the next: read by a block before any block has written it.
+
+    Args:
+        program: the step.
+        operations: the step's operations, or those of a part of it.
+    """
     written: set[str] = set()
     found: dict[str, Tensor] = {}
     blocks = [operation for operation in operations if operation.count > 1 and operation.phase == "forward"]

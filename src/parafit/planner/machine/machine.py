@@ -55,7 +55,12 @@ class Matmul:
         return {}
 
     def rate(self, name: str, rows: float, inner: float, columns: float) -> float:
-        """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often."""
+        """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often.
+
+        Args:
+            name: name of a precision, with the form after a space, as in `table`.
+            rows, inner, columns: sizes of the product.
+        """
         asked = name, rows, inner, columns
         if asked not in self._rates:
             self._rates[asked] = rate_between(self.table, *asked)
@@ -102,6 +107,10 @@ class Device:
     def curve_seconds(self, kind: str, nbytes: float) -> float:
         """Seconds of one operation of a kind that moves so many bytes, between measured ones on a straight line of logarithms.
 
+        Args:
+            kind: kind of operation; one that was not measured takes as long as an elementwise one.
+            nbytes: bytes read and written.
+
         >>> curves = {"elementwise": ((1e3, 1e-7), (1e5, 1e-5), (1e7, 1e-2))}
         >>> device = Device(name="", peak_flops={}, memory_bytes=1, memory_bytes_per_second=1, curves=curves)
         >>> [device.curve_seconds("elementwise", size) for size in (1, 1e5, 2e7)]
@@ -118,9 +127,14 @@ class Device:
         return before[1] * (after[1] / before[1]) ** weight
 
     def matmul_seconds(self, precision: str, shape: tuple[float, ...], form: str = "") -> float:
-        """Seconds that the arithmetic of a product of (batches, rows, inner, columns) takes; `form`: as in `Matmul.table`, or "".
+        """Seconds that the arithmetic of a product takes.
 
         Tile and wave quantisation as in NVIDIA, *Matrix Multiplication Background User's Guide* (2023), section 3.
+
+        Args:
+            precision: precision of the operands, such as "bfloat16".
+            shape: sizes (batches, rows, inner, columns).
+            form: as in `Matmul.table`; "" for the plain one.
 
         >>> device = Machine.load("h100x8").device
         >>> full, odd = (device.matmul_seconds("bfloat16", (1, 8192, 8192, columns)) for columns in (8192, 8193))

@@ -56,7 +56,13 @@ def explain(
 
 
 def verdict(costs: Costs, names: list[str], limit_bytes: float) -> str:
-    """One sentence: which plan is better, and by which terms."""
+    """One sentence: which plan is better, and by which terms.
+
+    Args:
+        costs: costs of two plans.
+        names: names of the two plans.
+        limit_bytes: bytes that a device may hold.
+    """
     fits = [cost.peak_bytes <= limit_bytes for cost in costs]
     if not all(fits):
         return _unfit(costs, names, fits, limit_bytes)

@@ -36,7 +36,7 @@ class Ranking:
         best: the best plan.
         others: runners-up, each the best of its mesh, then plans that would be better but do not fit or are not allowed.
         goal: what was minimised.
-        limit_bytes: what a device may hold.
+        limit_bytes: bytes that a device may hold.
         program: what was planned.
         machine: for which machine.
         software: of which framework.
@@ -73,7 +73,12 @@ class Ranking:
 
 
 def value(choice: Choice, goal: str) -> tuple[float, float]:
-    """What a goal minimises, then what decides between equals."""
+    """What a goal minimises, then what decides between equals.
+
+    Args:
+        choice: a plan and its cost.
+        goal: "time", "memory" or "cost" (seconds times devices).
+    """
     seconds, nbytes = choice.cost.seconds, choice.cost.peak_bytes
     if goal == "memory":
         return nbytes, seconds
@@ -81,7 +86,15 @@ def value(choice: Choice, goal: str) -> tuple[float, float]:
 
 
 def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed: frozenset[str]) -> str:
-    """Why a plan is not the best."""
+    """Why a plan is not the best.
+
+    Args:
+        other: the plan that lost.
+        best: the plan that won.
+        goal: "time", "memory" or "cost".
+        limit_bytes: bytes that a device may hold.
+        allowed: names of techniques.
+    """
     if refused := sorted(techniques(other.plan) - allowed):
         return f"not allowed: {', '.join(refused)}"
     if other.cost.peak_bytes > limit_bytes:
@@ -96,7 +109,12 @@ def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed:
 
 
 def label(plan: Plan, beside: Plan | None = None) -> str:
-    """A plan in one line: its text with what the text does not say, without the precision where another plan has the same."""
+    """A plan in one line: its text with what the text does not say, without the precision where another plan has the same.
+
+    Args:
+        plan: the plan to name.
+        beside: the plan that it is compared with.
+    """
     shown = replace(plan, precision="float32") if beside and beside.precision == plan.precision else plan
     return shown.short() + (" +sequence" if "sequence" in techniques(plan) else "")
 

@@ -68,7 +68,7 @@ def search(
         machine: what computes.
         goal: "time" (seconds of a step), "memory" (bytes on the fullest device) or "cost" (device-seconds of a step).
         max_bytes: what a device may hold; default: its memory.
-        allow: names of `candidates.TECHNIQUES` that may be used; default: all that leave the numbers as they are.
+        allow: names of `space.TECHNIQUES` that may be used; default: all that leave the numbers as they are.
         software: what the framework does, where it is not parafit.
 
     Raises:
