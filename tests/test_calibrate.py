@@ -20,7 +20,8 @@ from parafit.calibration import calibrate, history, probes
 from parafit.calibration.history import Residual, append, correction, load
 from parafit.planner.cost.cost import Estimator, price
 from parafit.planner.cost.framework import Software
-from parafit.planner.machine.machine import Device, Matmul
+from parafit.planner.machine.machine import Device
+from parafit.planner.machine.matmul import Matmul
 from parafit.planner.networks import named
 from parafit.planner.plan import Plan
 from parafit.tracing.trace import trace_loss

@@ -10,7 +10,8 @@ import parafit
 from parafit import api, forecast
 from parafit.calibration import calibrate, history
 from parafit.errors import PlanError, ProgramError
-from parafit.planner.machine.machine import Machine, Matmul
+from parafit.planner.machine.machine import Machine
+from parafit.planner.machine.matmul import Matmul
 from parafit.planner.plan import Plan
 
 

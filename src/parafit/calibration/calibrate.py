@@ -24,7 +24,8 @@ from parafit.calibration.probes import ADAM, Probe, network_loss, network_shapes
 from parafit.errors import MachineError
 from parafit.planner.cost.cost import price
 from parafit.planner.cost.framework import Software
-from parafit.planner.machine.machine import Device, Link, Machine, Matmul
+from parafit.planner.machine.machine import Device, Link, Machine
+from parafit.planner.machine.matmul import Matmul
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
 from parafit.support.environment import cache_directory
