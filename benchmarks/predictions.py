@@ -34,7 +34,8 @@ from parafit.calibration.history import Residual, correction
 from parafit.data.feed import Feed
 from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
-from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan

@@ -19,7 +19,8 @@ from benchmarks.published_software import (
     SkippedError,
     nanotron,
 )
-from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Machine
 from parafit.planner.networks.transformer import Transformer, transformer_program

@@ -15,7 +15,7 @@ from parafit.backends.cpu.stored import stored
 from parafit.data.feed import Feed
 from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
-from parafit.planner.cost.cost import price
+from parafit.planner.cost.estimator import price
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
 from parafit.planner.program import BUFFERED

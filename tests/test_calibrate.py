@@ -18,7 +18,7 @@ from parafit.backends.backend import Backend
 from parafit.backends.cpu import malloc
 from parafit.calibration import calibrate, history, probes
 from parafit.calibration.history import Residual, append, correction, load
-from parafit.planner.cost.cost import Estimator, price
+from parafit.planner.cost.estimator import Estimator, price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Device
 from parafit.planner.machine.matmul import Matmul

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parafit.errors import ModelError, PlanError
-from parafit.planner.cost.cost import Estimator, price
+from parafit.planner.cost.estimator import Estimator, price
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import pieces, undivided
 from parafit.planner.machine.machine import Machine

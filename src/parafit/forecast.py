@@ -12,7 +12,7 @@ from parafit.calibration import calibrate, history
 from parafit.data.feed import Feed
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.execution.runner import Runner
-from parafit.planner.cost.cost import price as price_of
+from parafit.planner.cost.estimator import price as price_of
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import undivided
 from parafit.planner.plan import Plan

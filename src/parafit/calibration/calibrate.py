@@ -22,7 +22,7 @@ import numpy as np
 from parafit import backends
 from parafit.calibration.probes import ADAM, Probe, network_loss, network_shapes, probes
 from parafit.errors import MachineError
-from parafit.planner.cost.cost import price
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Device, Link, Machine
 from parafit.planner.machine.matmul import Matmul

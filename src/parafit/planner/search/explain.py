@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from parafit.errors import PlanError
-from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import resolve
 from parafit.planner.machine.machine import Machine

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from parafit.planner.cost.cost import Estimator
+from parafit.planner.cost.estimator import Estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import Piece, kernel_dims, undivided
 from parafit.planner.plan import AXES, Plan

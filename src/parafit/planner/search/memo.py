@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
-from parafit.planner.cost.cost import Cost, Estimator
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import Estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, is_compiled, peak
 from parafit.planner.machine.machine import Machine
@@ -15,7 +16,7 @@ from parafit.planner.program import Operation, Program
 
 
 class Prices:
-    """`cost.price`, for a search.
+    """`price`, for a search.
 
     What one microbatch takes does not depend on pipeline stages or on how state is stored, and what the optimiser does depends on
     nothing else: each part is remembered under what it depends on.
@@ -25,7 +26,7 @@ class Prices:
         machine: what computes.
         software: what the framework does, where it is not parafit.
 
-    >>> from parafit.planner.cost.cost import price
+    >>> from parafit.planner.cost.estimator import price
     >>> from parafit.planner.networks import named
     >>> program, machine = named("gpt:125m", batch=8), Machine.load("a100x8")
     >>> plan = Plan(axes={"data": 8}, compute={"batch": "data"}, precision="bfloat16")
