@@ -21,8 +21,9 @@ from parafit.errors import ModelError
 from parafit.planner.program import KINDS, PHASES, ROLES
 from parafit.tracing.blocks import fold_blocks
 from parafit.tracing.dims import Dims
-from parafit.tracing.graph import Graph, Leaf
+from parafit.tracing.graph import Graph
 from parafit.tracing.trace import jaxpr_of, trace, trace_loss, trace_step
+from parafit.tracing.values import Leaf
 from tests.zoo import ZOO
 
 ROWS = 16

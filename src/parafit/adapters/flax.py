@@ -15,8 +15,8 @@ from parafit.adapters.step import Parts, Step
 from parafit.errors import ModelError
 from parafit.planner.program import Program
 from parafit.support.compat import unpack
-from parafit.tracing.graph import Leaf
 from parafit.tracing.trace import trace, tree_leaves
+from parafit.tracing.values import Leaf
 
 _GRAPHS: WeakKeyDictionary[nnx.Module, Any] = WeakKeyDictionary()
 

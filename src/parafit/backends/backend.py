@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from parafit.planner.program import Program
-from parafit.tracing.graph import Leaf
+from parafit.tracing.values import Leaf
 
 CompilerOptions = dict[str, str | bool]
 """As `jax.stages.Lowered.compile` takes them."""

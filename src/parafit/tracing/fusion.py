@@ -7,7 +7,8 @@ not computed twice. Both are what XLA's fusion aims at.
 
 from dataclasses import dataclass, field
 
-from parafit.tracing.graph import Graph, Record, Value
+from parafit.tracing.graph import Graph
+from parafit.tracing.values import Record, Value
 
 
 @dataclass(eq=False, kw_only=True)

@@ -11,7 +11,8 @@ from jax.extend.core import ClosedJaxpr
 from parafit.errors import ModelError
 from parafit.planner.program import Program, told_apart
 from parafit.tracing.describe import describe
-from parafit.tracing.graph import Graph, Leaf
+from parafit.tracing.graph import Graph
+from parafit.tracing.values import Leaf
 
 Stored = Callable[[Program, ClosedJaxpr, Sequence[Leaf], Sequence[Leaf]], Program]
 """From a program, its trace, and the leaves of arguments and results, to the program with what a compiler stores."""

@@ -18,7 +18,7 @@ from parafit.backends.cpu.versions import knows_memory
 from parafit.planner.program import Program
 from parafit.support.host_memory import aligned
 from parafit.support.processor import processor_name
-from parafit.tracing.graph import Leaf
+from parafit.tracing.values import Leaf
 
 LOOKED_UP_BYTES = 1 << 29
 """At most this much data is copied to be looked up by steps."""

@@ -10,8 +10,9 @@ from parafit.backends.cpu.buffers import buffers, dim_names
 from parafit.backends.cpu.options import saves_memory
 from parafit.backends.cpu.rewrite import rewrite_jaxpr
 from parafit.planner.program import Operation, Program, Tensor
-from parafit.tracing.describe import attribute
-from parafit.tracing.graph import Graph, Leaf
+from parafit.tracing.graph import Graph
+from parafit.tracing.phases import attribute
+from parafit.tracing.values import Leaf
 
 
 def stored(
