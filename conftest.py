@@ -22,7 +22,7 @@ from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
 from parafit import backends
 from parafit.backends.cpu.backend import CpuBackend
-from parafit.calibration import calibrate, history
+from parafit.calibration import detect, history
 
 jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("shared", deadline=None)  # other work on the machine is no failure
@@ -41,7 +41,7 @@ def _own_residuals(monkeypatch, tmp_path_factory):
     """Scores of the tests' fits stay out of the user's, and the user's calibration out of the tests."""
     path = tmp_path_factory.mktemp("residuals") / "residuals.jsonl"
     monkeypatch.setattr(history, "residuals_path", lambda: path)
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: False)
+    monkeypatch.setattr(detect, "is_calibrated", lambda: False)
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ from keras import layers
 
 from benchmarks import surroundings
 from parafit.adapters.keras import KerasModel
-from parafit.calibration.calibrate import calibrate, here
+from parafit.calibration.calibrate import calibrate
+from parafit.calibration.detect import here
 from parafit.calibration.history import Residual, correction
 from parafit.data.feed import Feed
 from parafit.execution.compiled import compiled_steps

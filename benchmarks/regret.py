@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import surroundings
 from benchmarks.predictions import CASES, Case, arrays_for, typical_seconds
 from parafit.adapters.keras import KerasModel
-from parafit.calibration.calibrate import core_count
+from parafit.calibration.detect import core_count
 from parafit.data.feed import Feed
 from parafit.errors import PlanError
 from parafit.forecast import best_plan, programs

@@ -8,7 +8,7 @@ import pytest
 
 import parafit
 from parafit import api, forecast
-from parafit.calibration import calibrate, history
+from parafit.calibration import detect, history
 from parafit.errors import PlanError, ProgramError
 from parafit.planner.machine.machine import Machine
 from parafit.planner.machine.matmul import Matmul
@@ -123,7 +123,7 @@ def test_a_second_fit_traces_nothing(monkeypatch):
 
 
 def test_a_calibrated_machine_predicts_and_learns_from_what_it_said(monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+    monkeypatch.setattr(detect, "is_calibrated", lambda: True)
     model, (x, y) = network(8), data(64)
     parafit.fit(model, x, y, verbose=2)
     (first,) = history.load()

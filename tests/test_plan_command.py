@@ -8,7 +8,7 @@ import pytest
 
 import parafit
 from parafit import planning
-from parafit.calibration import calibrate, history
+from parafit.calibration import detect, history
 from parafit.errors import MachineError, ModelError
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
@@ -132,7 +132,7 @@ def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
     assert history.load() == []
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
     assert history.load() == []  # timed, not predicted
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+    monkeypatch.setattr(detect, "is_calibrated", lambda: True)
     parafit.fit(dense(), x, y, batch_size=16, epochs=2, verbose=2)
     (fit,) = history.load()
     assert (fit.batch, fit.plan) == (16, "single")
@@ -143,7 +143,7 @@ def test_a_fit_is_remembered_for_the_report(run, monkeypatch, tmp_path):
 def test_a_place_that_cannot_be_written_costs_no_fit(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(history, "residuals_path", lambda: tmp_path / "file" / "residuals.jsonl")
-    monkeypatch.setattr(calibrate, "is_calibrated", lambda: True)
+    monkeypatch.setattr(detect, "is_calibrated", lambda: True)
     parafit.fit(dense(), np.ones((100, 20), "float32"), np.zeros(100, "int32"), verbose=2)
     assert "could not be kept for `parafit report`" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import jax
 
 from parafit.adapters import adapter_of, checks
 from parafit.adapters.step import Adapter, Step, remembered
-from parafit.calibration import calibrate, history
+from parafit.calibration import detect, history
 from parafit.data.feed import Feed
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.execution.runner import Runner
@@ -120,10 +120,10 @@ def foresee(runner: Runner, plan: Plan, arrays: Any, program: Callable[[], Progr
         cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=compiled.capacity))
         copied = cost.memory.get("inputs", 0.0) if compiled.capacity == 1 else 0.0  # one batch is used where it lies
         peak_bytes = cost.peak_bytes - cost.memory["context"] + runner.block_bytes(arrays) - copied
-        seconds = cost.seconds if calibrate.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
+        seconds = cost.seconds if detect.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
     except (ModelError, ProgramError, PlanError, MachineError) as error:
         print(f"parafit: the cost model does not know this step: {error}")
-    past = history.load(machine=calibrate.machine_id())
+    past = history.load(machine=detect.machine_id())
     return Price(
         seconds_per_step=seconds * history.correction(past, seconds) if seconds else runner.time(arrays),
         peak_bytes=peak_bytes,
@@ -161,7 +161,7 @@ def remember(name: str, plan: Plan, batch: int, price: Price, seconds_per_step: 
     if not price.modelled_seconds:
         return
     residual = history.Residual(
-        machine=calibrate.machine_id(),
+        machine=detect.machine_id(),
         model=name,
         batch=batch,
         plan=plan.short(),

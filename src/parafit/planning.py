@@ -80,9 +80,9 @@ def this_machine() -> Machine:
     True
     """
 
-    from parafit.calibration import calibrate
+    from parafit.calibration import detect
 
-    machine = calibrate.here()
+    machine = detect.here()
     return replace(machine, devices_per_host=1) if backends.current().devices_share_cores else machine
 
 

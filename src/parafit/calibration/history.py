@@ -32,7 +32,7 @@ class Residual:
     """One fit.
 
     Attributes:
-        machine: its id (`calibrate.machine_id`).
+        machine: its id (`detect.machine_id`).
         model: its name.
         batch: rows of a step over all devices.
         plan: its text (`Plan.short`).
