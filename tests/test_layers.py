@@ -29,8 +29,8 @@ ROOMS = [
     {"data", "techniques"},
     {"adapters", "placement"},
     {"backends"},
-    {"tracing"},
-    {"planner", "reports"},
+    {"tracing", "reports"},
+    {"planner"},
     {"support"},
     {"errors"},
 ]
