@@ -11,7 +11,8 @@ import parafit
 from parafit.adapters.keras import KerasModel
 from parafit.errors import ProgramError
 from parafit.execution import contract, runner
-from parafit.execution.contract import Collective, check, compare_memory, read
+from parafit.execution.contract import check, compare_memory
+from parafit.execution.hlo import Collective, read
 from parafit.execution.runner import Runner, settle
 from parafit.placement import Placement
 from parafit.planner.layout import Layout, lay_out

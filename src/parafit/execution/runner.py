@@ -13,7 +13,8 @@ from parafit.adapters.step import Adapter, State, Step
 from parafit.data.feed import Block
 from parafit.errors import PlanError
 from parafit.execution.compiled import CompiledSteps, Tally, compiled_steps
-from parafit.execution.contract import Report, check, compare_memory, expect, read
+from parafit.execution.contract import Report, check, compare_memory, expect
+from parafit.execution.hlo import read
 from parafit.execution.snapshot import Snapshot, is_finite
 from parafit.placement import Placement
 from parafit.planner.layout import lay_out, resolve, split_by_dims
