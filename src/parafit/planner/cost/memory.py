@@ -45,7 +45,7 @@ def peak(program: Program, partition: Partition, stage: Stage, *, reserved_bytes
         the activations unless the program knows its buffers.
     """
     parts: dict[str, float] = dict.fromkeys(("parameters", "slots", "state", *BUFFERED), 0.0)
-    for tensor in _held(program, stage):
+    for tensor in _state_of(program, stage):
         name = {"parameter": "parameters", "gradient": "gradients", "slot": "slots"}.get(tensor.role, "state")
         parts[name] += partition.stored_bytes(tensor) * _copies(tensor, stage)
     if is_compiled(program, partition.plan):
@@ -126,7 +126,7 @@ def recomputed(program: Program) -> list[Operation]:
     return found
 
 
-def _held(program: Program, stage: Stage) -> list[Tensor]:
+def _state_of(program: Program, stage: Stage) -> list[Tensor]:
     """The training state that a stage's operations touch."""
     names = {name for operation in stage.operations for name in (*operation.inputs, *operation.outputs)}
     mine = {name for name in names if program.tensors[name].role in ("parameter", "gradient", "state")}

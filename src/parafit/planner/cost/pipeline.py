@@ -92,9 +92,9 @@ class Pipeline:
         return math.ceil(count / self.stages) if count > 1 else 1
 
 
-def merge(times: dict[str, float], part: Mapping[str, float]) -> dict[str, float]:
-    """`times` with those of `part` added to it, in place."""
-    for name, value in part.items():
+def merge(times: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """`times` with `more` added to it, in place."""
+    for name, value in more.items():
         times[name] = times.get(name, 0.0) + value
     return times
 

@@ -105,7 +105,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
-def part_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The object called `name` in a machine's content.
 
     Raises:
@@ -139,17 +139,17 @@ def make(kind: type, content: Mapping[str, Any], path: str) -> Any:
         raise MachineError(f"{path or 'the machine'} lacks {missing or error}.") from error
 
 
-def with_sources(thing: Any, sources: Mapping[str, str], path: str = "") -> Any:
+def with_sources(value: Any, sources: Mapping[str, str], path: str = "") -> Any:
     """What `without_sources` reads: each number beside its source.
 
     Args:
-        thing: a dataclass, a mapping or a number.
+        value: a dataclass, a mapping or a number.
         sources: by path; what is not in it says "default".
-        path: of `thing`.
+        path: of `value`.
     """
-    if is_dataclass(thing):
-        parts = {part.name: getattr(thing, part.name) for part in fields(thing) if part.name != "sources"}
-        return {name: with_sources(value, sources, f"{path}.{name}".lstrip(".")) for name, value in parts.items()}
-    if isinstance(thing, Mapping):
-        return {name: with_sources(value, sources, f"{path}.{name}") for name, value in thing.items()}
-    return thing if isinstance(thing, str) else {"value": thing, "source": sources.get(path, "default")}
+    if is_dataclass(value):
+        parts = {part.name: getattr(value, part.name) for part in fields(value) if part.name != "sources"}
+        return {name: with_sources(part, sources, f"{path}.{name}".lstrip(".")) for name, part in parts.items()}
+    if isinstance(value, Mapping):
+        return {name: with_sources(part, sources, f"{path}.{name}") for name, part in value.items()}
+    return value if isinstance(value, str) else {"value": value, "source": sources.get(path, "default")}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parafit.errors import MachineError
-from parafit.planner.machine.files import FORMAT, bandwidth, make, parse_json, part_of, read_json, with_sources, without_sources
+from parafit.planner.machine.files import FORMAT, bandwidth, make, parse_json, read_json, section, with_sources, without_sources
 from parafit.planner.machine.matmul import Matmul, aligned_share, tile_work
 
 
@@ -219,10 +219,10 @@ class Machine:
 def _build(content: dict[str, Any]) -> Machine:
     sources: dict[str, str] = {}
     plain = without_sources({key: value for key, value in content.items() if key != "networks"}, "", sources)
-    device = dict(part_of(plain, "device"))
+    device = dict(section(plain, "device"))
     device["matmul"] = make(Matmul, device.get("matmul", {}), "device.matmul")
     parts = {"device": make(Device, device, "device")}
-    parts |= {link: make(Link, part_of(plain, link), link) for link in ("inner", "network")}
+    parts |= {link: make(Link, section(plain, link), link) for link in ("inner", "network")}
     return make(Machine, plain | parts | {"sources": sources}, "")
 
 

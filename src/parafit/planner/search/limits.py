@@ -11,7 +11,7 @@ from parafit.planner.search.ranking import milliseconds
 from parafit.planner.search.space import Candidates
 
 
-def held_back(candidates: Candidates, software: Software, plan: Plan, seconds: float) -> tuple[str, ...]:
+def limits(candidates: Candidates, software: Software, plan: Plan, seconds: float) -> tuple[str, ...]:
     """Sentences for what a plan leaves whole or idle, each with the sizes that would not.
 
     Args:

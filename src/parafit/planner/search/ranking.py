@@ -41,7 +41,7 @@ class Ranking:
         machine: for which machine.
         software: of which framework.
         priced: how many plans were priced.
-        held_back: what keeps the best plan from using more of the machine, in sentences.
+        limits: what keeps the best plan from using more of the machine, in sentences.
     """
 
     best: Choice
@@ -52,7 +52,7 @@ class Ranking:
     machine: Machine
     software: Software
     priced: int
-    held_back: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
     def __post_init__(self):
         plan = replace(self.best.plan)
@@ -69,7 +69,7 @@ class Ranking:
 
     def table(self) -> str:
         """The price of the best plan and the runners-up, as text."""
-        return "\n".join([_price_line(self), *(f"limit   {each}" for each in self.held_back), *_table(self)])
+        return "\n".join([_price_line(self), *(f"limit   {each}" for each in self.limits), *_table(self)])
 
 
 def value(choice: Choice, goal: str) -> tuple[float, float]:
