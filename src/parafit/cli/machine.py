@@ -1,6 +1,5 @@
 """`parafit machine`: the numbers that plans are priced with."""
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +54,7 @@ def machine_text(name: str | None, *, hosts: int | None = None, network: str | N
 
 def _numbers(machine: "Machine") -> Iterator[tuple[str, str, str]]:
     """Place, value and source of every number that has one or is not 0."""
+    import json
 
     def walk(content: Any, path: str) -> Iterator[tuple[str, str, str]]:
         if isinstance(content, dict) and set(content) == {"value", "source"}:

@@ -1,6 +1,6 @@
 """`search`: the best plan of a program on a machine. Plain Python.
 
-    minimise    seconds of a step                          (goal "time"; cost.price)
+    minimise    seconds of a step                          (goal "time"; `price`)
                 bytes on the fullest device                (goal "memory")
                 seconds of a step × devices                (goal "cost")
 
