@@ -147,7 +147,12 @@ def _linked(machine: Machine) -> Machine:
 
 
 def reduction_seconds(size: int, nbytes: int) -> float:
-    """An all-reduce of so many bytes on each of so many devices, in a compiled loop: the fastest of a few runs."""
+    """An all-reduce of so many bytes on each of so many devices, in a compiled loop: the fastest of a few runs.
+
+    Args:
+        size: devices.
+        nbytes: bytes on each.
+    """
     mesh = jax.make_mesh((size,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:size])
     split = jax.sharding.PartitionSpec("data")
 

@@ -58,7 +58,12 @@ def residuals_path() -> Path:
 
 
 def append(residual: Residual, path: Path | None = None) -> None:
-    """Keep one more residual; the oldest are dropped when the file becomes too large."""
+    """Keep one more residual; the oldest are dropped when the file becomes too large.
+
+    Args:
+        residual: of the fit that has just ended.
+        path: the file; None: `residuals_path()`.
+    """
     path = path or residuals_path()
     private_folder(path.parent)
     line = (json.dumps(asdict(residual)) + "\n").encode()
@@ -80,7 +85,12 @@ def _append(path: Path, line: bytes) -> int:
 
 
 def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
-    """All residuals that can be read, oldest first; those of one machine if it is named."""
+    """All residuals that can be read, oldest first; those of one machine if it is named.
+
+    Args:
+        path: the file; None: `residuals_path()`.
+        machine: its id; "": any machine.
+    """
     path = path or residuals_path()
     if not path.exists():
         return []

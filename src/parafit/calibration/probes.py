@@ -88,7 +88,12 @@ def network_shapes(depth: int) -> tuple[Any, Any]:
 
 
 def network_loss(weights: Any, batch: Any) -> jax.Array:
-    """Cross-entropy of a network of dense layers with ReLU between them."""
+    """Cross-entropy of a network of dense layers with ReLU between them.
+
+    Args:
+        weights: (kernel, bias) of each layer, as `network_shapes` says.
+        batch: (inputs, targets), both of (8, 16).
+    """
     x, y = batch
     for kernel, bias in weights[:-1]:
         x = jax.nn.relu(x @ kernel + bias)

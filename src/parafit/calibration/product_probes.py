@@ -13,12 +13,23 @@ from parafit.calibration.probe import Probe, apart, numbers
 
 
 def dense_layer(rows: int, inner: int, columns: int) -> Iterable[Probe]:
-    """All products of a dense layer in float32."""
+    """All products of a dense layer in float32.
+
+    Args:
+        rows: of the batch.
+        inner: inputs of the layer.
+        columns: its units.
+    """
     return tuple(product("float32", rows, inner, columns) for product in (matmul, _input_gradient, _kernel_gradient))
 
 
 def matmul(precision: str, rows: int, inner: int, columns: int) -> Probe:
-    """A dense layer's product; the next one reads it."""
+    """A dense layer's product; the next one reads it.
+
+    Args:
+        precision: "float32", "float64" or "bfloat16".
+        rows, inner, columns: as in `dense_layer`.
+    """
 
     def body(carry):
         left, kernel, _ = carry
@@ -76,7 +87,12 @@ _WIDTHS = (8, 10, 20, 32, 50, 100, 128, 200, 300, 400, 512, 784, 1000, 2048)
 
 
 def batched(precision: str, rows: int, inner: int, columns: int) -> Probe:
-    """Sixty-four small products at once, as the heads of attention have them."""
+    """Sixty-four small products at once, as the heads of attention have them.
+
+    Args:
+        precision: as in `matmul`.
+        rows, inner, columns: of each product.
+    """
     count = 64
 
     def body(carry):
@@ -97,7 +113,15 @@ SEQUENCES = ((32, 64, 8, 32), (32, 64, 64, 64), (128, 48, 24, 48), (64, 128, 48,
 
 
 def convolutions(count: int, side: int, channels: int, filters: int, window: tuple[int, ...]) -> Iterable[Probe]:
-    """A convolution and its two gradients, by the products of matrices that they stand for."""
+    """A convolution and its two gradients, by the products of matrices that they stand for.
+
+    Args:
+        count: images or sequences in a batch.
+        side: elements along each of their dimensions.
+        channels: that come in.
+        filters: that go out.
+        window: sizes of the kernel: two for images, one for sequences.
+    """
     places = (side,) * len(window)
     images, kernel, result = numbers(count, *places, channels), numbers(*window, channels, filters), numbers(count, *places, filters)
     dims = ("NHWC", "HWIO", "NHWC") if len(window) == 2 else ("NHC", "HIO", "NHC")

@@ -91,6 +91,10 @@ def plan_text(
 def load_model(model: str, sizes: tuple[int, int] | None = None) -> Any:
     """A network's name as it is; a file's Keras model, compiled.
 
+    Args:
+        model: the name of a network, or the path of a .keras or .py file.
+        sizes: numbers of inputs and outputs that a .py file's `build_model` is called with.
+
     Raises:
         ModelError: no such file, or what is in it is no model.
     """

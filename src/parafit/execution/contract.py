@@ -98,6 +98,10 @@ def compare_memory(*, planned_bytes: int, found_bytes: int) -> Difference:
     """What a program's arguments take on one device: state and batches as the layouts lay them.
 
     Compilers drop arguments that nothing reads; holding less than planned is no breach.
+
+    Args:
+        planned_bytes: as the layouts lay them.
+        found_bytes: as the compiler says.
     """
     reason = "nothing reads the rest" if found_bytes < planned_bytes else ""
     return Difference(kind="arguments", axis="", planned_bytes=planned_bytes, found_bytes=found_bytes, reason=reason)

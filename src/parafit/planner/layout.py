@@ -102,7 +102,12 @@ def lay_out(tensors: Iterable[Tensor], plan: Plan) -> Layout:
 
 
 def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
-    """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it and it divides."""
+    """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it and it divides.
+
+    Args:
+        tensor: of the program.
+        plan: a resolved plan.
+    """
     spec: list[str | None] = [None] * len(tensor.shape)
     for dim, axis in plan.compute.items():
         if axis in spec or dim not in tensor.dims:
@@ -114,7 +119,13 @@ def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
 
 
 def split_to_store(tensor: Tensor, plan: Plan, role: str) -> Spec:
-    """How what is like a parameter rests as one of the stored roles: its largest dimension that is whole and divides is split as well."""
+    """How what is like a parameter rests as one of the stored roles: its largest dimension that is whole and divides is split as well.
+
+    Args:
+        tensor: a parameter, or what is like one.
+        plan: a resolved plan.
+        role: "parameter", "gradient" or "slot".
+    """
     spec = split_by_dims(tensor, plan)
     return _split_further(tensor.shape, spec, *_store_axis(plan, role)) if role in plan.store else spec
 
@@ -165,6 +176,10 @@ def pieces(rows: int, plan: Plan) -> tuple[Piece, ...]:
 def undivided(rows: int, plan: Plan) -> str:
     """What a plan does not split of a batch, in words, and which sizes near by it would split; "" where it splits all of it.
 
+    Args:
+        rows: of the batch.
+        plan: a plan, resolved or not.
+
     >>> undivided(127, Plan.parse("data=8"))
     'data=8 does not divide a batch of 127 rows: every device computes all of them, 8 times its part (120 or 128 rows would be split)'
     >>> undivided(128, Plan.parse("data=8"))
@@ -187,7 +202,12 @@ def undivided(rows: int, plan: Plan) -> str:
 
 
 def axis_size(plan: Plan, axis: str | None) -> int:
-    """How many parts an entry of a `Spec` makes of its dimension."""
+    """How many parts an entry of a `Spec` makes of its dimension.
+
+    Args:
+        plan: whose axes they are.
+        axis: the entry: an axis, `GROUP`, or None for a whole dimension.
+    """
     if axis is None:
         return 1
     return plan.store_group if axis == GROUP else plan.axes[axis]

@@ -31,6 +31,11 @@ class Section:
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The whole page as HTML text.
 
+    Args:
+        title: heading of the page.
+        lead: a line below it.
+        sections: the rest, in order.
+
     >>> "<h2>Scores</h2>" in page("digits", "a run", [Section(heading="Scores", pieces=[text("good")])])
     True
     """
@@ -60,6 +65,10 @@ def code(words: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A table; columns that hold numbers stand on the right.
 
+    Args:
+        header: one word a column.
+        rows: cells, as many in each as there are columns; None for an empty number.
+
     >>> table(["name", "rows"], [["a<b", 3]]).count("&lt;")
     1
     """
@@ -82,7 +91,12 @@ def number(value: float | int | None) -> str:
 
 
 def shorten(words: str, most: int = 16) -> str:
-    """`words` cut to at most so many characters."""
+    """`words` cut to at most so many characters.
+
+    Args:
+        words: a text.
+        most: characters.
+    """
     return words if len(words) <= most else words[: most - 1] + "…"
 
 

@@ -10,6 +10,10 @@ from parafit.reports.plots import parts_plot, points_plot
 def plan_page(ranking: Ranking, instead: str | None = None) -> str:
     """A ranking as one self-contained HTML page: the plan, and plots of time and memory over its rivals.
 
+    Args:
+        ranking: what a search found.
+        instead: the text of a plan to compare the best with.
+
     >>> from parafit.planner.machine.machine import Machine
     >>> from parafit.planner.networks import named
     >>> from parafit.planner.search.search import search

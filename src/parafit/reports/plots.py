@@ -26,7 +26,14 @@ _FIGURE_STYLE = {
 
 
 def line_plot(title: str, curves: Mapping[str, Sequence[float]], x_label: str, marked: int | None = None) -> str:
-    """Curves over 1, 2, 3, …, as inline SVG; `marked` draws a vertical line there."""
+    """Curves over 1, 2, 3, …, as inline SVG; `marked` draws a vertical line there.
+
+    Args:
+        title: of the plot.
+        curves: values by name, at most two curves.
+        x_label: what 1, 2, 3, … count.
+        marked: where the vertical line stands; None: nowhere.
+    """
 
     def draw(axes):
         for (name, values), colour in zip(curves.items(), (BLUE, ORANGE)):
@@ -41,7 +48,12 @@ def line_plot(title: str, curves: Mapping[str, Sequence[float]], x_label: str, m
 
 
 def confusion_plot(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """How often each true class (row) was taken for each class (column), as inline SVG; shades are shares of the row."""
+    """How often each true class (row) was taken for each class (column), as inline SVG; shades are shares of the row.
+
+    Args:
+        labels: names of the classes.
+        counts: rows of each class (first index) that were taken for each class (second).
+    """
     shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
     few = len(labels) <= 20
 
@@ -87,7 +99,14 @@ def scatter_plot(truth: np.ndarray, predicted: np.ndarray, name: str, *, known: 
 
 
 def parts_plot(title: str, bars: Mapping[str, Mapping[str, float]], unit: str, scale: float = 1.0) -> str:
-    """One bar for each name, cut into its parts, as inline SVG; all but the seven largest parts are one."""
+    """One bar for each name, cut into its parts, as inline SVG; all but the seven largest parts are one.
+
+    Args:
+        title: of the plot.
+        bars: values by part, by name.
+        unit: what the axis says.
+        scale: factor from values to that unit.
+    """
     totals: dict[str, float] = {}
     for parts in bars.values():
         for name, value in parts.items():
@@ -111,7 +130,13 @@ def parts_plot(title: str, bars: Mapping[str, Mapping[str, float]], unit: str, s
 
 
 def points_plot(title: str, points: Mapping[str, tuple[float, float]], limit: float) -> str:
-    """Named points of (memory in GiB, step in ms), a line through those that nothing beats in both, and its end, as inline SVG."""
+    """Named points of (memory in GiB, step in ms), a line through those that nothing beats in both, and its end, as inline SVG.
+
+    Args:
+        title: of the plot.
+        points: (GiB, ms) by name.
+        limit: GiB that a device has.
+    """
     front = [point for point in sorted(points.values()) if not any(_beats(other, point) for other in points.values())]
 
     def draw(axes):

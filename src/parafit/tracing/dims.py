@@ -146,6 +146,10 @@ class Dims:
 def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of old and new dimensions with equal products.
 
+    Args:
+        old: sizes before a reshape.
+        new: sizes after it, with the same product.
+
     >>> groups([4, 6, 5], [24, 5])
     [([0, 1], [0]), ([2], [1])]
     """

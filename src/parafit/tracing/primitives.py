@@ -45,7 +45,12 @@ def primitive_named(primitive: str) -> Primitive:
 
 
 def matmul_shape(params: dict, shapes: Sequence[Shape]) -> Shape:
-    """(batches, rows, inner, columns) of a `dot_general`."""
+    """(batches, rows, inner, columns) of a `dot_general`.
+
+    Args:
+        params: of the traced equation.
+        shapes: of its two operands.
+    """
     (sums, _), (batches, others) = params["dimension_numbers"]
     inner, batch = math.prod(shapes[0][i] for i in sums), math.prod(shapes[0][i] for i in batches)
     other_batch = math.prod(shapes[1][i] for i in others)

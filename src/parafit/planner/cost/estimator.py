@@ -119,6 +119,7 @@ class Estimator(Pipeline):
         return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + self.machine.device.operation_seconds
 
     def arithmetic_seconds(self, operation: Operation, share) -> float:
+        """Its arithmetic alone, at the rate of its kind and shape; 0 of what memory decides."""
         if operation.kind == "attention":
             shares = self.software.attention or self.machine.device.attention
             if shares:
@@ -211,6 +212,7 @@ class Estimator(Pipeline):
         return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
 
     def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
+        """Exposed seconds of gathering the parameters of all blocks for one pass, `one` seconds a block."""
         count = self.partition.turns
         whole = one * blocks * count
         return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
@@ -243,6 +245,7 @@ class Estimator(Pipeline):
         return self.cut({place: sum(self.microbatch(place).values()) for place in ("first", "blocks", "last")})
 
     def stage_parts(self) -> list[Stage]:
+        """The stages that may hold most: all in one, or the first (as full as a middle one) and the last."""
         operations = [operation for operation in self.program.operations if operation.phase != "update"]
         if self.stages == 1:
             return [Stage(operations=operations, block_share=1.0, in_flight=1)]

@@ -59,7 +59,12 @@ def peak(program: Program, partition: Partition, stage: Stage, *, reserved_bytes
 
 
 def is_compiled(program: Program, plan: Plan) -> bool:
-    """Whether memory under a plan follows from the program's buffers."""
+    """Whether memory under a plan follows from the program's buffers.
+
+    Args:
+        program: what one step computes.
+        plan: who does it.
+    """
     return bool(program.buffers) and plan.axes.get("pipeline", 1) == 1
 
 
@@ -80,7 +85,12 @@ def _fullest(program: Program, partition: Partition) -> dict[str, float]:
 
 
 def boundary(program: Program, operations: Sequence[Operation]) -> tuple[Tensor, ...]:
-    """What passes from one block to the next: read by a block before any block has written it."""
+    """What passes from one block to the next: read by a block before any block has written it.
+
+    Args:
+        program: what one step computes.
+        operations: those of it that count, in the order they run.
+    """
     written: set[str] = set()
     found: dict[str, Tensor] = {}
     blocks = [operation for operation in operations if operation.count > 1 and operation.phase == "forward"]

@@ -93,7 +93,12 @@ class Pipeline:
 
 
 def merge(times: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
-    """`times` with `more` added to it, in place."""
+    """`times` with `more` added to it, in place.
+
+    Args:
+        times: seconds by part; changed.
+        more: seconds by part.
+    """
     for name, value in more.items():
         times[name] = times.get(name, 0.0) + value
     return times

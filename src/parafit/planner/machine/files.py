@@ -108,6 +108,10 @@ def _tuples(value: Any) -> Any:
 def section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The object called `name` in a machine's content.
 
+    Args:
+        content: as `without_sources` gives it.
+        name: of the object, such as "device".
+
     Raises:
         MachineError: there is none.
     """

@@ -57,7 +57,13 @@ def explain(
 
 
 def verdict(costs: Costs, names: list[str], limit_bytes: float) -> str:
-    """One sentence: which plan is better, and by which terms."""
+    """One sentence: which plan is better, and by which terms.
+
+    Args:
+        costs: of two plans.
+        names: what the sentence calls them.
+        limit_bytes: what a device may hold.
+    """
     fits = [cost.peak_bytes <= limit_bytes for cost in costs]
     if not all(fits):
         return _unfit(costs, names, fits, limit_bytes)

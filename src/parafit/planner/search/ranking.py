@@ -73,7 +73,12 @@ class Ranking:
 
 
 def value(choice: Choice, goal: str) -> tuple[float, float]:
-    """What a goal minimises, then what decides between equals."""
+    """What a goal minimises, then what decides between equals.
+
+    Args:
+        choice: a plan with its price.
+        goal: one of `GOALS`.
+    """
     seconds, nbytes = choice.cost.seconds, choice.cost.peak_bytes
     if goal == "memory":
         return nbytes, seconds
@@ -81,7 +86,15 @@ def value(choice: Choice, goal: str) -> tuple[float, float]:
 
 
 def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed: frozenset[str]) -> str:
-    """Why a plan is not the best."""
+    """Why a plan is not the best.
+
+    Args:
+        other: the plan that lost.
+        best: the plan that won.
+        goal: one of `GOALS`.
+        limit_bytes: what a device may hold.
+        allowed: names of techniques that may be used.
+    """
     if refused := sorted(techniques(other.plan) - allowed):
         return f"not allowed: {', '.join(refused)}"
     if other.cost.peak_bytes > limit_bytes:
@@ -96,7 +109,12 @@ def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed:
 
 
 def label(plan: Plan, beside: Plan | None = None) -> str:
-    """A plan in one line: its text with what the text does not say, without the precision where another plan has the same."""
+    """A plan in one line: its text with what the text does not say, without the precision where another plan has the same.
+
+    Args:
+        plan: the plan.
+        beside: the other plan, if it stands beside one.
+    """
     shown = replace(plan, precision="float32") if beside and beside.precision == plan.precision else plan
     return shown.short() + (" +sequence" if "sequence" in techniques(plan) else "")
 
