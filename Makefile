@@ -40,7 +40,7 @@ dist: $(VENV)/.dev  ## the wheel and the source distribution, in dist/
 
 docs: $(VENV)/.parafit  ## the API reference as text, out/api.txt
 	mkdir -p out
-	for module in parafit parafit.api parafit.planner.plan parafit.planner.machine.machine parafit.planner.cost.cost parafit.planner.search.search parafit.planning parafit.planner.search.explain parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
+	for module in parafit parafit.api parafit.planner.plan parafit.planner.machine.machine parafit.planner.cost.cost parafit.planner.cost.estimator parafit.planner.search.search parafit.planning parafit.planner.search.explain parafit.errors parafit.sklearn parafit.tables; do PYTHONPATH=src $(RUN) -m pydoc $$module; done > out/api.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "parafit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Run: make PYTHON=python3.11 ...")'

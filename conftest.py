@@ -22,7 +22,7 @@ from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
 from parafit import backends
 from parafit.backends.cpu.backend import CpuBackend
-from parafit.calibration import calibrate
+from parafit.calibration import detect
 from parafit.support.environment import cache_directory
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -54,8 +54,8 @@ def calibrated():
     """Counts this machine as calibrated from when it is called: with the numbers that it was found to have."""
 
     def write():
-        calibrate.machine_path().parent.mkdir()
-        calibrate.machine_path().write_text(calibrate.detect().to_json())
+        detect.machine_path().parent.mkdir()
+        detect.machine_path().write_text(detect.detect().to_json())
 
     return write
 

@@ -29,13 +29,15 @@ from keras import layers
 
 from benchmarks import surroundings
 from parafit.adapters.keras import KerasModel
-from parafit.calibration.calibrate import calibrate, here
+from parafit.calibration.calibrate import calibrate
+from parafit.calibration.detect import here
 from parafit.calibration.history import Residual, correction
 from parafit.data.feed import Feed
 from parafit.data.source import Source
 from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
-from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan

@@ -1,4 +1,4 @@
-"""Scores `cost.price` on published training measurements: `python -m benchmarks.published [--tables FOLDER] [--out JSON]`.
+"""Scores `price` on published training measurements: `python -m benchmarks.published [--tables FOLDER] [--out JSON]`.
 
 Each row of a table becomes a program, a plan and a machine by facts that its source states (`published_tables`). What was read from
 such rows is listed in docs/cost.md: one number a device, the share of its peak that products sustain in training, and three of EFA and

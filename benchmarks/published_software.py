@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from parafit.planner.cost.framework import Software
-from parafit.planner.networks import Transformer
+from parafit.planner.networks.transformer import Transformer
 from parafit.planner.plan import Plan
 
 

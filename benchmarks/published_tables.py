@@ -19,10 +19,11 @@ from benchmarks.published_software import (
     SkippedError,
     nanotron,
 )
-from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Machine
-from parafit.planner.networks import Transformer, transformer
+from parafit.planner.networks.transformer import Transformer, transformer_program
 from parafit.planner.plan import STORED, Plan
 
 Row = dict[str, str]
@@ -46,7 +47,7 @@ class Case:
 
 def price_of(case: Case) -> Cost:
     """What the case is predicted to take."""
-    return price(transformer(case.shape), case.plan, case.machine, software=case.software)
+    return price(transformer_program(case.shape), case.plan, case.machine, software=case.software)
 
 
 def number(row: Row, name: str, default: float | None = None) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import surroundings
 from benchmarks.predictions import CASES, Case, arrays_for, typical_seconds
-from parafit.calibration.calibrate import core_count
+from parafit.calibration.detect import core_count
 from parafit.errors import PlanError
 from parafit.planning import plan_to_fit
 

@@ -30,8 +30,8 @@ ROOMS = [
     {"data", "techniques"},
     {"adapters", "placement"},
     {"backends"},
-    {"tracing"},
-    {"planner", "reports"},
+    {"tracing", "reports"},
+    {"planner"},
     {"support"},
     {"errors"},
 ]

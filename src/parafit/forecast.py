@@ -4,12 +4,12 @@ import datetime
 from collections.abc import Callable
 from typing import Any
 
-from parafit.calibration import calibrate, history
+from parafit.calibration import detect, history
 from parafit.errors import MachineError, ModelError, PlanError, ProgramError
 from parafit.execution.events import Breach, Notice, Priced, Scored, emit
 from parafit.execution.runner import Runner
 from parafit.execution.trial import trial_seconds
-from parafit.planner.cost.cost import price as price_of
+from parafit.planner.cost.estimator import price as price_of
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import undivided
 from parafit.planner.plan import Plan
@@ -52,10 +52,10 @@ def _price(runner: Runner, plan: Plan, arrays: Any, program: Callable[[], Progra
         cost = price_of(program(), plan, this_machine(), software=Software(steps_per_dispatch=compiled.capacity))
         copied = cost.memory.get("inputs", 0.0) if compiled.capacity == 1 else 0.0  # one batch is used where it lies
         peak_bytes = cost.peak_bytes - cost.memory["context"] + runner.block_bytes(arrays) - copied
-        seconds = cost.seconds if calibrate.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
+        seconds = cost.seconds if detect.is_calibrated() and plan.device_count <= this_machine().device_count else 0.0
     except (ModelError, ProgramError, PlanError, MachineError) as error:
         emit(Notice(text=f"the cost model does not know this step: {error}"))
-    past = history.load(machine=calibrate.machine_id())
+    past = history.load(machine=detect.machine_id())
     return Price(
         seconds_per_step=seconds * history.correction(past, seconds)
         if seconds
@@ -81,7 +81,7 @@ def settle_up(name: str, plan: Plan, batch: int, price: Price, seconds_per_step:
     if not price.modelled_seconds:
         return
     residual = history.Residual(
-        machine=calibrate.machine_id(),
+        machine=detect.machine_id(),
         model=name,
         batch=batch,
         plan=plan.short(),

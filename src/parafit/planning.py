@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from parafit import backends
 from parafit.errors import ModelError, PlanError, ProgramError
-from parafit.planner.cost.cost import price
+from parafit.planner.cost.estimator import price
 from parafit.planner.layout import lay_out, resolve, split_by_dims
 from parafit.planner.machine.machine import Machine
 from parafit.planner.networks import named
@@ -87,9 +87,9 @@ def this_machine() -> Machine:
     True
     """
 
-    from parafit.calibration import calibrate
+    from parafit.calibration import detect
 
-    machine = calibrate.here()
+    machine = detect.here()
     return replace(machine, devices_per_host=1) if backends.current().devices_share_cores else machine
 
 

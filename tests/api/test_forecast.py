@@ -11,7 +11,8 @@ from parafit import planning
 from parafit.calibration import history
 from parafit.errors import PlanError, ProgramError
 from parafit.execution.events import Planned, listening
-from parafit.planner.machine.machine import Machine, Matmul
+from parafit.planner.machine.machine import Machine
+from parafit.planner.machine.matmul import Matmul
 from parafit.planner.plan import Plan
 from parafit.techniques import program
 

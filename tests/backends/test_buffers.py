@@ -16,7 +16,7 @@ from parafit.data.feed import Feed
 from parafit.data.source import Source
 from parafit.execution.compiled import compiled_steps
 from parafit.placement import Placement
-from parafit.planner.cost.cost import price
+from parafit.planner.cost.estimator import price
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
 from parafit.planner.program import BUFFERED

@@ -17,11 +17,12 @@ import pytest
 from parafit import backends
 from parafit.backends.backend import Backend
 from parafit.backends.cpu import malloc
-from parafit.calibration import calibrate, history, probes
+from parafit.calibration import calibrate, detect, history, probes, product_probes
 from parafit.calibration.history import Residual, append, correction, load
-from parafit.planner.cost.cost import Estimator, price
+from parafit.planner.cost.estimator import Estimator, price
 from parafit.planner.cost.framework import Software
-from parafit.planner.machine.machine import Device, Matmul
+from parafit.planner.machine.machine import Device
+from parafit.planner.machine.matmul import Matmul
 from parafit.planner.networks import named
 from parafit.planner.plan import Plan
 from parafit.tracing.trace import trace_loss
@@ -34,12 +35,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def few_probes():
-    yield from (probes._network(2), probes._network(4), probes._turn(), *probes._layer(16, 16, 16))
+    yield from (probes._network(2), probes._network(4), probes._turn(), *product_probes.dense_layer(16, 16, 16))
     for size in (2**10, 2**14):
         yield from (probes._elementwise(size), probes._update(size), *probes._reductions(size), probes._slice(size))
         yield from (probes._function("exp", jax.numpy.exp, size), probes._arithmetic(size))
-    yield from (probes._matmul("float64", 8, 8, 8), probes._batched("float32", 4, 4, 4))
-    yield from (*probes._convolutions(1, 4, 2, 2, window=(3, 3)), *probes._convolutions(1, 4, 2, 2, window=(3,)))
+    yield from (product_probes.matmul("float64", 8, 8, 8), product_probes.batched("float32", 4, 4, 4))
+    yield from (*product_probes.convolutions(1, 4, 2, 2, window=(3, 3)), *product_probes.convolutions(1, 4, 2, 2, window=(3,)))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,11 @@ def calibrated(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(calibrate, "probes", few_probes)
         patch.setattr(calibrate, "_LEAST_PROBES", 99)
-        return calibrate.calibrate(seconds=1.0), calibrate.machine_path(), calibrate.here()
+        return calibrate.calibrate(seconds=1.0), detect.machine_path(), detect.here()
 
 
 def test_a_machine_that_was_never_calibrated_says_that_its_numbers_are_defaults(cache):
-    machine = calibrate.here()
+    machine = detect.here()
     assert not cache.exists(), "looking at the machine must not write"
     assert machine.device_count == jax.device_count()
     written = json.loads(machine.to_json())["device"]
@@ -93,14 +94,14 @@ def test_a_calibrated_machine_prices_more_work_higher(calibrated):
 
 @pytest.mark.parametrize("content", [b'{"format": 99}', b'{"format": 1, "na', b"", b"\xff\xfe\0", b"[1]"])
 def test_a_file_of_another_version_or_a_damaged_one_goes_with_a_line(cache, caplog, content):
-    path = calibrate.machine_path()
+    path = detect.machine_path()
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    assert calibrate.here() == calibrate.detect()
+    assert detect.here() == detect.detect()
     assert "measure anew with `parafit machine --calibrate`" in caplog.text
     caplog.clear()
     assert not path.exists()
-    assert calibrate.here() == calibrate.detect()
+    assert detect.here() == detect.detect()
     assert not caplog.records
 
 
@@ -112,7 +113,7 @@ def test_a_calibration_is_its_owners_alone_and_a_small_part_of_what_may_be_kept(
 
 
 def test_the_id_tells_versions_and_devices_apart():
-    name = calibrate.machine_id()
+    name = detect.machine_id()
     assert f"jax-{jax.__version__}" in name
     assert f"{jax.device_count()}-cpu" in name
     assert re.fullmatch(r"[a-z0-9.-]+", name)
@@ -126,15 +127,15 @@ def test_an_accelerator_has_the_numbers_of_its_preset(monkeypatch, kind, memory)
         device_kind, platform = kind, "gpu"
 
     monkeypatch.setattr(jax, "devices", lambda: [Fake()])
-    assert calibrate.detect().device.memory_bytes == pytest.approx(memory, rel=0.1)
+    assert detect.detect().device.memory_bytes == pytest.approx(memory, rel=0.1)
 
 
 def test_several_devices_have_their_link_measured():
     script = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from parafit.calibration import calibrate
-link = calibrate._linked(calibrate.detect()).inner
+from parafit.calibration import calibrate, detect
+link = calibrate._linked(detect.detect()).inner
 print([int(size) for size, _ in link.measured], link.alpha_seconds > 0, link.bytes_per_second > 0)
 """
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[2, 4] True True"
@@ -153,7 +154,7 @@ def test_what_starting_operations_takes_grows_with_the_program(calibrated):
 def test_rows_of_a_near_table_come_faster():
     curves = {"elementwise": ((1e3, 1e-7), (1e8, 1e-2)), "gather": ((1e3, 1e-7), (1e7, 1e-2)), "gather_near": ((1e3, 1e-7), (1e7, 1e-3))}
     device = Device(name="", peak_flops={"float32": 1e9}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves=curves)
-    machine = replace(calibrate.detect(), device=device)
+    machine = replace(detect.detect(), device=device)
 
     def seconds(words):
         shapes = jax.ShapeDtypeStruct((words, 16), np.float32), jax.ShapeDtypeStruct((4096,), np.int32)
@@ -165,7 +166,7 @@ def test_rows_of_a_near_table_come_faster():
 
 def test_probes_compute_what_they_say():
     x, kernel, result = np.arange(12.0).reshape(3, 4), np.arange(20.0).reshape(4, 5), np.arange(15.0).reshape(3, 5)
-    products = {probe.kind: probe for probe in probes._layer(3, 4, 5)}
+    products = {probe.kind: probe for probe in product_probes.dense_layer(3, 4, 5)}
     found = {kind: probe.body((x, kernel, result)) for kind, probe in products.items()}
     np.testing.assert_allclose(found["float32"][2], x @ kernel)
     np.testing.assert_allclose(found["float32 transposed"][0], result @ kernel.T)
@@ -185,7 +186,7 @@ def machine_of(table):
         matmul=Matmul(table=table),
         curves={"elementwise": ((1e3, 1e-12), (1e9, 1e-12))},
     )
-    return replace(calibrate.detect(), device=device)
+    return replace(detect.detect(), device=device)
 
 
 def test_each_product_of_a_layer_has_rates_of_its_own():
@@ -231,7 +232,7 @@ def test_what_was_used_long_ago_is_waited_for():
     def waited(layers, curve):
         program = trace_loss(loss, [square] * layers, jax.ShapeDtypeStruct((4096, 256), np.float32))
         device = Device(name="", peak_flops={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves={"elementwise": curve})
-        pricing = Estimator(program, Plan(), replace(calibrate.detect(), device=device), Software())
+        pricing = Estimator(program, Plan(), replace(detect.detect(), device=device), Software())
         return sum(pricing.measured.missing_seconds(operation, 1e6) for operation in program.operations)
 
     assert waited(4, near) == pytest.approx(0.0, abs=1e-9), "memory that is as fast everywhere is never waited for"
@@ -248,7 +249,7 @@ def test_slices_that_a_loop_stores_are_copies_and_come_from_afar_where_much_is_t
         flat = ((1e3, 1e-9), (1e9, 1e-3))
         curves = {"elementwise": flat, "stack_near": ((1e3, 1e-6), (1e5, 1e-6)), "stack": ((1e3, far), (1e5, far))}
         device = Device(name="", peak_flops={"float32": 1e12}, memory_bytes=1e9, memory_bytes_per_second=1e9, curves=curves)
-        measured = Estimator(program, Plan(), replace(calibrate.detect(), device=device), Software()).measured
+        measured = Estimator(program, Plan(), replace(detect.detect(), device=device), Software()).measured
         found = ((operation, measured.partition.of(operation).bytes) for operation in program.operations)
         return sum(operation.steps * measured.stacking_seconds(operation, nbytes) for operation, nbytes in found)
 
@@ -386,7 +387,7 @@ def test_probes_of_a_kind_follow_each_other():
 
 
 def test_of_calls_of_a_library_the_lower_quartile_counts():
-    called, own = probes._matmul("float32", 2, 2, 2), probes._elementwise(2**10)
+    called, own = product_probes.matmul("float32", 2, 2, 2), probes._elementwise(2**10)
     called.samples, own.samples = [5.0, 1.0, 4.0, 2.0, 3.0], [5.0, 1.0, 4.0, 2.0, 3.0]
     assert (called.seconds, own.seconds) == (2.0, 3.0)
 
@@ -399,7 +400,7 @@ def test_where_jax_computes_elsewhere_probes_are_compiled_as_they_are():
             told.append(options)
             return super().compile(lowered, options)
 
-    *_, convolution = probes._convolutions(1, 4, 2, 2, window=(3, 3))
+    *_, convolution = product_probes.convolutions(1, 4, 2, 2, window=(3, 3))
     with backends.using(Told()):
         convolution.compile()
     assert told == [{}]

@@ -12,7 +12,8 @@ from parafit import planning
 from parafit.adapters.keras import KerasModel
 from parafit.errors import ProgramError
 from parafit.execution import contract
-from parafit.execution.contract import Collective, check, compare_memory, read
+from parafit.execution.contract import check, compare_memory
+from parafit.execution.hlo import Collective, read
 from parafit.execution.runner import Runner
 from parafit.planner.layout import Layout, lay_out
 from parafit.planner.plan import Plan

@@ -8,18 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parafit.errors import ModelError, PlanError
-from parafit.planner.cost.cost import Estimator, price
+from parafit.planner.cost.estimator import Estimator, price
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import pieces, undivided
 from parafit.planner.machine.machine import Machine
-from parafit.planner.networks import Transformer, named, transformer
+from parafit.planner.networks import named
+from parafit.planner.networks.transformer import Transformer, transformer_program
 from parafit.planner.partition import Partition
 from parafit.planner.plan import STORED, Plan
 from parafit.planner.search.memo import Prices
 
 WIDTHS = {"heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
 SMALL = Transformer(layers=8, hidden=1024, heads=16, sequence=512, vocabulary=32000, batch=64, gradient_itemsize=4)
-PROGRAM = transformer(SMALL)
+PROGRAM = transformer_program(SMALL)
 
 
 def plan(*, data=1, tensor=1, pipeline=1, zero=0, sequence=False, **more):
@@ -73,7 +74,7 @@ def test_a_slower_machine_takes_no_less_time(chosen):
 
 @given(PLANS, st.integers(2, 4))
 def test_a_larger_batch_takes_no_less_time_or_memory(chosen, times):
-    larger = transformer(dataclasses.replace(SMALL, batch=SMALL.batch * times))
+    larger = transformer_program(dataclasses.replace(SMALL, batch=SMALL.batch * times))
     before, after = cost(chosen), cost(chosen, larger)
     assert after.seconds >= before.seconds
     assert after.peak_bytes >= before.peak_bytes
@@ -99,7 +100,7 @@ def test_tensor_parallel_products_are_whole_over_all_devices():
 def test_activations_are_those_of_korthikanti():
     """34 sbh + 5 as²b bytes a layer with dropout and stored scores (arXiv 2205.05198, equation 1)."""
     shape = Transformer(layers=12, hidden=1024, heads=16, sequence=512, vocabulary=64, batch=4, fused=False, dropout=True)
-    found = cost(Plan(precision="bfloat16"), transformer(shape))
+    found = cost(Plan(precision="bfloat16"), transformer_program(shape))
     formula = shape.layers * shape.sequence * shape.batch * shape.hidden * (34 + 5 * shape.heads * shape.sequence / shape.hidden)
     assert found.memory["activations"] == pytest.approx(formula, rel=0.03)
 
@@ -211,7 +212,7 @@ def test_a_heavy_softmax_moves_blocks_to_the_first_of_two_stages():
 
 
 def test_gradients_that_wait_to_be_added_take_memory_only():
-    spare = transformer(dataclasses.replace(SMALL, spare_itemsize=2))
+    spare = transformer_program(dataclasses.replace(SMALL, spare_itemsize=2))
     for zero, parts in ((0, 1), (1, 1), (2, 8)):
         chosen = plan(data=8, zero=zero)
         more = cost(chosen, spare).memory["gradients"] - cost(chosen).memory["gradients"]
@@ -236,7 +237,7 @@ def test_named_networks_have_the_parameters_they_are_called_after():
 
 
 def test_a_batch_that_its_axis_does_not_divide_is_computed_whole_on_every_device():
-    odd, even = (transformer(dataclasses.replace(SMALL, batch=batch)) for batch in (63, 64))
+    odd, even = (transformer_program(dataclasses.replace(SMALL, batch=batch)) for batch in (63, 64))
     whole, alone = cost(plan(data=8), odd), cost(Plan(precision="bfloat16"), odd)
     assert {name: seconds for name, seconds in whole.times.items() if seconds} == {
         name: seconds for name, seconds in alone.times.items() if seconds
@@ -247,15 +248,15 @@ def test_a_batch_that_its_axis_does_not_divide_is_computed_whole_on_every_device
 
 
 def test_a_last_microbatch_that_is_not_divided_takes_its_rows_whole():
-    program = transformer(dataclasses.replace(SMALL, batch=127))
+    program = transformer_program(dataclasses.replace(SMALL, batch=127))
     chosen = plan(data=8, microbatches=16)
     found = cost(chosen, program)
     partition = Partition(program, chosen)
     assert (partition.turns, partition.rounds, partition.fullest.piece.rows) == (16, 15 + 7, 7)
-    divided = transformer(dataclasses.replace(SMALL, batch=120))
+    divided = transformer_program(dataclasses.replace(SMALL, batch=120))
     matmul = cost(plan(data=8, microbatches=15), divided).times["forward matmul"]
     assert found.times["forward matmul"] == pytest.approx(matmul * 22 / 15)
-    seven = cost(Plan(precision="bfloat16"), transformer(dataclasses.replace(SMALL, batch=7)))
+    seven = cost(Plan(precision="bfloat16"), transformer_program(dataclasses.replace(SMALL, batch=7)))
     assert found.memory["activations"] == pytest.approx(seven.memory["activations"])
     assert Prices(program, Machine.load("a100x8")).of(chosen) == found
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from parafit.errors import MachineError
 from parafit.planner.cost.collectives import ALL_REDUCE, KINDS, SEND, Group, seconds
-from parafit.planner.machine.machine import PRESETS, Machine
+from parafit.planner.machine.files import PRESETS
+from parafit.planner.machine.machine import Machine
 from parafit.planner.machine.matmul import rate_between
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))

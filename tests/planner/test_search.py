@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parafit.errors import PlanError
-from parafit.planner.cost.cost import price
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import undivided
 from parafit.planner.machine.machine import Machine

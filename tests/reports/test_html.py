@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from parafit.reports import html
+from parafit.reports import html, plots
 from parafit.reports.html import Section
 
 VOID = {"meta"}
@@ -38,13 +38,13 @@ class Checker(HTMLParser):
 
 
 def whole_page():
-    plots = [
-        html.line_plot("loss", {"train": [3.0, 2.0], "validation": [3.0, 2.5]}, "epoch", marked=2),
-        html.line_plot("accuracy", {"train": [0.1, 0.5]}, "epoch"),
-        html.confusion_plot(["cat", "dog"], [[5, 1], [0, 3]]),
-        html.scatter_plot(np.arange(9.0), np.arange(9.0) ** 2, "price"),
+    drawn = [
+        plots.line_plot("loss", {"train": [3.0, 2.0], "validation": [3.0, 2.5]}, "epoch", marked=2),
+        plots.line_plot("accuracy", {"train": [0.1, 0.5]}, "epoch"),
+        plots.confusion_plot(["cat", "dog"], [[5, 1], [0, 3]]),
+        plots.scatter_plot(np.arange(9.0), np.arange(9.0) ** 2, "price"),
     ]
-    pieces = [*plots, html.table(["name", "rows"], [["a", 1]]), html.text("words"), html.warning("careful"), html.code("x = 1")]
+    pieces = [*drawn, html.table(["name", "rows"], [["a", 1]]), html.text("words"), html.warning("careful"), html.code("x = 1")]
     return html.page("A title", "a lead", [Section(heading="All", pieces=pieces), Section(heading="None", pieces=[])])
 
 
@@ -58,7 +58,7 @@ def test_a_page_is_well_formed_and_needs_nothing_else():
 
 
 def test_plots_take_the_pages_ink():
-    plot = html.line_plot("loss", {"train": [1.0, 2.0]}, "epoch")
+    plot = plots.line_plot("loss", {"train": [1.0, 2.0]}, "epoch")
     assert "currentColor" in plot
     assert "#010203" not in plot
     assert "#000000" not in plot
@@ -73,21 +73,21 @@ def test_texts_cannot_break_the_page():
     content = html.page(nasty, nasty, [Section(heading=nasty, pieces=[html.table([nasty], [[nasty]]), html.text(nasty), html.code(nasty)])])
     assert "<script>" not in content
     assert Checker(content).words.count(nasty) == 8
-    plots = html.confusion_plot(["<b>", "$\\wrong$ $"], [[1, 0], [0, 1]]) + html.scatter_plot(np.arange(3.0), np.arange(3.0), "a <b> $c")
-    assert "<b>" not in plots
+    drawn = plots.confusion_plot(["<b>", "$\\wrong$ $"], [[1, 0], [0, 1]]) + plots.scatter_plot(np.arange(3.0), np.arange(3.0), "a <b> $c")
+    assert "<b>" not in drawn
 
 
 def test_large_confusions_have_no_numbers():
     labels = [str(number) for number in range(30)]
-    plot = html.confusion_plot(labels, (77 * np.eye(30, dtype=int)).tolist())
+    plot = plots.confusion_plot(labels, (77 * np.eye(30, dtype=int)).tolist())
     assert "<image" in plot
     assert ">77<" not in plot
-    assert ">77<" in html.confusion_plot(labels[:3], (77 * np.eye(3, dtype=int)).tolist())
+    assert ">77<" in plots.confusion_plot(labels[:3], (77 * np.eye(3, dtype=int)).tolist())
 
 
 def test_large_scatters_are_thinned():
     many = np.arange(100_000.0)
-    assert len(html.scatter_plot(many, many, "x")) < 500_000
+    assert len(plots.scatter_plot(many, many, "x")) < 500_000
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from parafit.backends.cpu.versions import knows_memory
 from parafit.execution.compiled import compiled_steps
 from parafit.nnx import Trainable
 from parafit.placement import Placement
-from parafit.planner.cost.cost import price
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.memory import recomputing_saves
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan

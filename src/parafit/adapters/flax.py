@@ -1,4 +1,7 @@
-"""Flax NNX modules: trained, evaluated and asked for predictions like Keras models, and traced. Only this module imports Flax and Optax."""
+"""Flax NNX modules: trained, evaluated and asked for predictions like Keras models, and traced.
+
+Only the modules called `flax` and `flax_…` import Flax and Optax.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +14,7 @@ import optax
 from flax import nnx
 
 from parafit.adapters.flax_checks import check_rows, sizes_of, try_out
+from parafit.adapters.flax_variables import NamedVariable, VariableGroup, variables_of
 from parafit.adapters.step import Parts, State, Step
 from parafit.errors import ModelError
 from parafit.planner.program import Leaf, Program
@@ -74,7 +78,7 @@ class Trainable:
             variable.set_raw_value(jnp.asarray(value))
 
     def _variables(self) -> list[nnx.Variable]:
-        return _variables(nnx.state(self.module, nnx.Not(nnx.RngState)))
+        return variables_of(nnx.state(self.module, nnx.Not(nnx.RngState)))
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -100,8 +104,8 @@ class FlaxModel:
         _check(self.model, verb)
         optimizer = self.model.optimizer
         self._graph, weights, rest = nnx.split(self.keeper, optimizer.wrt if optimizer else nnx.Param, ...)
-        self._weights, self._rest = _Group(weights), _Group(rest)
-        self._slots = _Group((optimizer.opt_state, optimizer.step), "optimizer/") if optimizer else _Group(())
+        self._weights, self._rest = VariableGroup(weights), VariableGroup(rest)
+        self._slots = VariableGroup((optimizer.opt_state, optimizer.step), "optimizer/") if optimizer else VariableGroup(())
 
     def why_stepwise(self) -> str | None:
         """Modules always run in chunks."""
@@ -161,7 +165,7 @@ class FlaxModel:
             weights, slots = self._update(state.slots, gradients, state.weights)
             return logs, State(weights, others, slots, metrics)
 
-        held = State(self._weights.held, self._rest.held, self._slots.held, self._measures())
+        held = State(self._weights.variables, self._rest.variables, self._slots.variables, self._measures())
         return self._step("train", function, held, stops_on_bad_loss=True, parts=parts)
 
     def test_step(self) -> Step:
@@ -172,8 +176,8 @@ class FlaxModel:
             logs, metrics = self._measure(state.metrics, loss, found, batch)
             return logs, state._replace(others=others, metrics=metrics)
 
-        held = State(others=self._rest.held, metrics=self._measures())
-        return self._step("test", function, held, fixed=self._weights.held)
+        held = State(others=self._rest.variables, metrics=self._measures())
+        return self._step("test", function, held, fixed=self._weights.variables)
 
     def predict_step(self) -> Step:
         """The module's outputs."""
@@ -183,7 +187,7 @@ class FlaxModel:
             outputs = module(unpack(batch)[0])
             return outputs, state._replace(others=self._rest_of(module))
 
-        return self._step("predict", function, State(others=self._rest.held), fixed=self._weights.held)
+        return self._step("predict", function, State(others=self._rest.variables), fixed=self._weights.variables)
 
     def result(self, logs: dict) -> dict[str, float]:
         """The means over the epoch, the loss first."""
@@ -235,84 +239,18 @@ class FlaxModel:
             raise ModelError(f"{self.model.name!r} makes or drops variables when it is called. Make them when the module is made.")
         return self._rest.arrays(rest)
 
-    def _measures(self) -> list["_Held"]:
-        return _Group(list(self.model.measures.values()), "measures/").held
+    def _measures(self) -> list[NamedVariable]:
+        return VariableGroup(list(self.model.measures.values()), "measures/").variables
 
-    def _step(self, name: str, function: Callable, variables: State, *, fixed: Sequence["_Held"] = (), **options) -> Step:
+    def _step(self, name: str, function: Callable, variables: State, *, fixed: Sequence[NamedVariable] = (), **options) -> Step:
         for held in (each for group in variables for each in group):
             held.own()
         graph = _GRAPHS.setdefault(self.keeper, self._graph)
         if graph != self._graph:
             graph = _GRAPHS[self.keeper] = self._graph
         identity = graph, self.model.loss, *(each.variable for each in (*fixed, *(held for group in variables for held in group)))
-        access = {"get": _Held.read, "put": _Held.write}
+        access = {"get": NamedVariable.read, "put": NamedVariable.write}
         return Step(name=name, function=function, variables=variables, fixed_variables=fixed, identity=identity, **access, **options)
-
-
-class _Held:
-    """A variable of a module or an optimizer, with its path.
-
-    Random keys are read as the numbers they are made of: they can be copied to the host and back.
-    """
-
-    def __init__(self, path: str, variable: nnx.Variable):
-        self.path, self.variable = path, variable
-        self._seen: tuple[Any, Any] = None, None
-        if not isinstance(variable.get_raw_value(), jax.Array):
-            variable.set_raw_value(jnp.asarray(variable.get_raw_value()))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.read().shape
-
-    def read(self) -> jax.Array:
-        """The variable's array, by reference."""
-        value = self.variable.get_raw_value()
-        if not _is_key(value):
-            return value
-        if self._seen[0] is not value:
-            self._seen = value, jax.random.key_data(value)
-        return self._seen[1]
-
-    def write(self, array: jax.Array) -> None:
-        """Let the variable hold this array."""
-        value = self.wrap(array)
-        self._seen = value, array
-        self.variable.set_raw_value(value)
-
-    def own(self) -> None:
-        """Make the array the variable's own: that of a state is given up to the program that changes it."""
-        self.write(self.read().copy())
-
-    def wrap(self, array: Any) -> Any:
-        """The array in the form that the variable holds."""
-        value = self.variable.get_raw_value()
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(value)) if _is_key(value) else array
-
-
-class _Group:
-    """Variables in the order of a tree's leaves: one group of a step's state.
-
-    Args:
-        tree: a pytree of variables.
-        prefix: of their paths.
-    """
-
-    def __init__(self, tree: Any, prefix: str = ""):
-        found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
-        self.held = [_Held(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), variable) for path, variable in found]
-        self.structure = jax.tree.structure(nnx.as_pure(tree))
-
-    def read(self) -> list[jax.Array]:
-        return [held.read() for held in self.held]
-
-    def tree(self, arrays: Sequence[Any]) -> Any:
-        """The tree with these arrays in place of variables."""
-        return jax.tree.unflatten(self.structure, [held.wrap(array) for held, array in zip(self.held, arrays, strict=True)])
-
-    def arrays(self, tree: Any) -> list[Any]:
-        """The arrays of such a tree."""
-        return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
 
 
 def _optimizer(module: nnx.Module, optimizer: Any) -> nnx.Optimizer | None:
@@ -345,18 +283,6 @@ def _why_rows_couple(module: nnx.Module) -> str:
         if isinstance(part, nnx.BatchNorm):
             return f"module {'/'.join(map(str, path))!r} normalises by the statistics of the batch"
     return ""
-
-
-def _variables(tree: Any) -> list[nnx.Variable]:
-    return jax.tree.leaves(tree, is_leaf=_is_variable)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
-
-
-def _is_key(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def trace_nnx(model: nnx.Module, loss: Callable, batch, *, optimizer=None, name: str = "") -> Program:
@@ -395,8 +321,8 @@ def trace_nnx(model: nnx.Module, loss: Callable, batch, *, optimizer=None, name:
         changes, slots = update(gradients, slots, parameters)
         return result, jax.tree.map(lambda old, change: old + change.astype(old.dtype), parameters, changes), rest, slots
 
-    held = [*_leaves(parameters, "parameter"), *_leaves(rest, "state"), *_leaves(slots, "slot")]
-    return trace(step, (parameters, rest, slots, batch), [*held, *tree_leaves(batch, "input", "x")], results=held, name=name)
+    leaves = [*_leaves(parameters, "parameter"), *_leaves(rest, "state"), *_leaves(slots, "slot")]
+    return trace(step, (parameters, rest, slots, batch), [*leaves, *tree_leaves(batch, "input", "x")], results=leaves, name=name)
 
 
 def _leaves(tree, role: str) -> list[Leaf]:

@@ -1,111 +1,45 @@
-"""What this machine does: found out (`here`) and measured (`calibrate`).
+"""What this machine does, measured.
 
 Rates are measured the way parafit runs steps: many runs of an operation in one compiled loop, after the same rewriting. Each probe is
 timed again and again, in turns with all others, until the time is up; the median counts, for a fit meets the machine as it mostly is.
 """
 
 import datetime
-import logging
 import math
-import os
-import re
 import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from parafit import backends
-from parafit.calibration.probes import ADAM, Probe, network_loss, network_shapes, probes
-from parafit.errors import MachineError
-from parafit.planner.cost.cost import price
+from parafit.calibration.detect import core_count, detect, machine_path
+from parafit.calibration.probe import Probe
+from parafit.calibration.probes import ADAM, network_loss, network_shapes, probes
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
-from parafit.planner.machine.machine import Device, Link, Machine, Matmul
+from parafit.planner.machine.machine import Machine
+from parafit.planner.machine.matmul import Matmul
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
 from parafit.support.environment import cache_directory
 from parafit.support.files import private_folder, prune, write_whole
-from parafit.support.processor import processor_name
 from parafit.tracing.trace import trace_loss
 
-_LOGGER = logging.getLogger("parafit")
 _MOST_BYTES = 1 << 24
 """Of all calibrations together; one takes about 30 kB."""
 _LEAST_ROUNDS, _LEAST_PROBES = 4, 9
 _TURNS = 8
 _SHORT_BYTES, _LONG_BYTES = 8, 1 << 22
-_PRESETS = (("B200", "b200x8"), ("H200", "h200x8"), ("H100", "h100x8"), ("A100.*40GB", "a100x8-40gb"), ("A100", "a100x8"))
-_PRESETS += (("V100.*32GB", "v100x8"), ("V100", "v100x8-16gb"), ("TPU v5p?$", "tpu-v5p"))
 _IN_A_LOOP = Software(steps_per_dispatch=1 << 30)
 _PRECISIONS = ("float32", "float64", "bfloat16")
-_LANES = 32
-"""Floating-point operations of a core in a cycle where nothing is known: eight lanes, two fused multiply-adds. At 2 GHz."""
-
-
-def here() -> Machine:
-    """The machine this process runs on: as it was calibrated, else as it was found, with numbers that say "default".
-
-    >>> machine = here()
-    >>> machine.device_count == jax.device_count()
-    True
-    """
-    return _calibrated() or detect()
-
-
-def is_calibrated() -> bool:
-    """Whether this machine's numbers were measured, by `calibrate`."""
-    return _calibrated() is not None
-
-
-def _calibrated() -> Machine | None:
-    """This machine as it was calibrated; a file that is damaged, or of another version, goes."""
-    path = machine_path()
-    if not path.exists():
-        return None
-    try:
-        with suppress(OSError):
-            os.utime(path)  # in use: `prune` takes others first
-        return Machine.load(path)
-    except (MachineError, OSError, UnicodeDecodeError) as error:
-        _LOGGER.warning(
-            "parafit: the calibration of this machine cannot be read and goes; measure anew with `parafit machine --calibrate`: %s", error
-        )
-        with suppress(OSError):
-            path.unlink()
-        return None
-
-
-def detect() -> Machine:
-    """The devices that JAX sees: those of a preset where one has their name, else a processor with cautious numbers."""
-    device = jax.devices()[0]
-    for pattern, preset in _PRESETS:
-        if re.search(pattern, device.device_kind):
-            return replace(Machine.load(preset, hosts=jax.process_count()), devices_per_host=jax.local_device_count())
-    cores = core_count()
-    found = Device(
-        name=processor_name(),
-        peak_flops={"float32": cores * _LANES * 2e9, "float64": cores * _LANES / 2 * 2e9},
-        memory_bytes=_memory_bytes(),
-        memory_bytes_per_second=1e10,
-        operation_seconds=1e-6,
-        dispatch_seconds=3e-5,
-        cores=cores,
-    )
-    inner = Link(name="memory", alpha_seconds=2.5e-5, bytes_per_second=2e9)
-    network = Link(name="network", alpha_seconds=2.5e-4, bytes_per_second=1.25e8)
-    sources = {"device.memory_bytes": "the operating system", "device.cores": "the operating system"}
-    sources |= {"hosts": "JAX", "devices_per_host": "JAX"}
-    hosts, local = jax.process_count(), jax.local_device_count()
-    return Machine(name=machine_id(), device=found, inner=inner, network=network, hosts=hosts, devices_per_host=local, sources=sources)
 
 
 def calibrate(seconds: float = 30.0) -> Machine:
-    """Measure this machine and keep the result, where `here` finds it.
+    """Measure this machine and keep the result, where `detect.here` finds it.
 
     Args:
         seconds: to take, for all probes together.
@@ -123,31 +57,6 @@ def calibrate(seconds: float = 30.0) -> Machine:
     write_whole(machine_path(), machine.to_json(), mode=0o600)
     prune(folder, _MOST_BYTES, pattern="*.json")
     return machine
-
-
-def machine_id() -> str:
-    """What tells one kind of machine, and one set-up of it, from another: processor, cores, devices and JAX's version."""
-    device = jax.devices()[0]
-    name = f"{backends.current().device_kind()} {core_count()} cores {jax.device_count()} {device.platform} jax {jax.__version__}"
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
-def machine_path() -> Path:
-    """Where this machine's calibration is kept."""
-    return cache_directory() / "machines" / f"{machine_id()}.json"
-
-
-def core_count() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory_bytes() -> float:
-    """Memory that this process may use: the machine's, or less where a control group says so."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return float(min(whole, int(text)) if text.isdigit() else whole)
 
 
 # From times to numbers ---------------------------------------------------------------------------------------------------------------
@@ -238,11 +147,11 @@ def _linked(machine: Machine) -> Machine:
 
 
 def reduction_seconds(size: int, nbytes: int) -> float:
-    """An all-reduce in a compiled loop: the fastest of a few runs.
+    """An all-reduce of so many bytes on each of so many devices, in a compiled loop: the fastest of a few runs.
 
     Args:
-        size: number of devices.
-        nbytes: bytes on each of them.
+        size: devices.
+        nbytes: bytes on each.
     """
     mesh = jax.make_mesh((size,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:size])
     split = jax.sharding.PartitionSpec("data")

@@ -32,7 +32,7 @@ class Residual:
     """One fit.
 
     Attributes:
-        machine: its id (`calibrate.machine_id`).
+        machine: its id (`detect.machine_id`).
         model: its name.
         batch: rows of a step over all devices.
         plan: its text (`Plan.short`).
@@ -61,8 +61,8 @@ def append(residual: Residual, path: Path | None = None) -> None:
     """Keep one more residual; the oldest are dropped when the file becomes too large.
 
     Args:
-        residual: what one fit was predicted to take, and took.
-        path: file of residuals; None: the user's own.
+        residual: of the fit that has just ended.
+        path: the file; None: `residuals_path()`.
     """
     path = path or residuals_path()
     private_folder(path.parent)
@@ -85,11 +85,11 @@ def _append(path: Path, line: bytes) -> int:
 
 
 def load(path: Path | None = None, *, machine: str = "") -> list[Residual]:
-    """All residuals that can be read, oldest first.
+    """All residuals that can be read, oldest first; those of one machine if it is named.
 
     Args:
-        path: file of residuals; None: the user's own.
-        machine: `machine_id` of the machine whose residuals are wanted; "": those of all.
+        path: the file; None: `residuals_path()`.
+        machine: its id; "": any machine.
     """
     path = path or residuals_path()
     if not path.exists():

@@ -11,8 +11,9 @@ import numpy as np
 from parafit.adapters.step import Adapter, State, Step
 from parafit.data.feed import Block
 from parafit.execution.compiled import CompiledSteps, Tally, compiled_steps
-from parafit.execution.contract import Report, check, compare_memory, expect, read
+from parafit.execution.contract import Report, check, compare_memory, expect
 from parafit.execution.events import Compiled, Compiling, emit
+from parafit.execution.hlo import read
 from parafit.execution.snapshot import Snapshot, is_finite
 from parafit.placement import Placement
 from parafit.planner.program import Program

@@ -92,8 +92,8 @@ def split_by_dims(tensor: Tensor, plan: Plan) -> Spec:
     """How a tensor is split while operations run: for each axis along the first of its dims that the plan maps to it and it divides.
 
     Args:
-        tensor: a tensor with its dims.
-        plan: its `compute` maps dims to axes.
+        tensor: of the program.
+        plan: a resolved plan.
     """
     spec: list[str | None] = [None] * len(tensor.shape)
     for dim, axis in plan.compute.items():
@@ -109,8 +109,8 @@ def split_to_store(tensor: Tensor, plan: Plan, role: str) -> Spec:
     """How what is like a parameter rests as one of the stored roles: its largest dimension that is whole and divides is split as well.
 
     Args:
-        tensor: a parameter, or what has its shape and dims.
-        plan: its `store` maps roles to axes.
+        tensor: a parameter, or what is like one.
+        plan: a resolved plan.
         role: "parameter", "gradient" or "slot".
     """
     spec = split_by_dims(tensor, plan)
@@ -164,8 +164,8 @@ def undivided(rows: int, plan: Plan) -> str:
     """What a plan does not split of a batch, in words, and which sizes near by it would split; "" where it splits all of it.
 
     Args:
-        rows: number of rows of a global batch.
-        plan: the plan that splits it.
+        rows: of the batch.
+        plan: a plan, resolved or not.
 
     >>> undivided(127, Plan.parse("data=8"))
     'data=8 does not divide a batch of 127 rows: every device computes all of them, 8 times its part (120 or 128 rows would be split)'
@@ -192,8 +192,8 @@ def axis_size(plan: Plan, axis: str | None) -> int:
     """How many parts an entry of a `Spec` makes of its dimension.
 
     Args:
-        plan: the plan, which knows the sizes of its axes.
-        axis: an axis of the plan, `GROUP`, or None for a dimension that is whole.
+        plan: whose axes they are.
+        axis: the entry: an axis, `GROUP`, or None for a whole dimension.
     """
     if axis is None:
         return 1

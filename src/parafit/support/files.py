@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from parafit.errors import OutputError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -35,6 +37,18 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_output(path: Path, text: str) -> None:
+    """`write_whole` at a place that somebody chose.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}. Choose a place that can be written to.") from error
 
 
 def private_folder(root: Path, *names: str) -> Path:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parafit.reports import html
+from parafit.reports import html, plots
 from parafit.reports.html import Section
 from parafit.tables.console import layer_widths, score_rows
 from parafit.tables.networks import Settings
@@ -61,9 +61,9 @@ def _test_pieces(result: "TableModel", codes: np.ndarray, predictions: np.ndarra
     target, test = result.preparation.target, result.scores["test"]
     if isinstance(target, Classes):
         each = [[one["class"], one["precision"], one["recall"], one["f1"], one["rows"]] for one in test["classes"]]
-        return [html.confusion_plot(target.labels, test["confusion"]), html.table(["class", "precision", "recall", "f1", "rows"], each)]
+        return [plots.confusion_plot(target.labels, test["confusion"]), html.table(["class", "precision", "recall", "f1", "rows"], each)]
     truth, predicted = (part[:, 0] * target.scale + target.mean for part in (codes, predictions))
-    return [html.scatter_plot(truth, predicted, target.name)]
+    return [plots.scatter_plot(truth, predicted, target.name)]
 
 
 def _curves(result: "TableModel") -> list[str]:
@@ -73,7 +73,7 @@ def _curves(result: "TableModel") -> list[str]:
         return [html.text("No epoch was finished.")]
     kept = int(np.argmin(history["val_loss"])) + 1
     return [
-        html.line_plot(name.replace("_", " "), {"train": history[name], "validation": history[f"val_{name}"]}, "epoch", kept)
+        plots.line_plot(name.replace("_", " "), {"train": history[name], "validation": history[f"val_{name}"]}, "epoch", kept)
         for name in names
     ] + [html.text(f"The weights kept are those of epoch {kept}, where the validation loss is lowest.{_units(result)}")]
 

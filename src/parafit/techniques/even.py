@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from parafit.planner.program import Leaf
 from parafit.support.jaxprs import called, read_branches, read_scan, read_while
 from parafit.tracing.dims import groups
-from parafit.tracing.graph import Graph, Value
+from parafit.tracing.graph import Graph
 from parafit.tracing.passes import Pass
 from parafit.tracing.primitives import primitive_named
+from parafit.tracing.values import Value
 
 
 def evenly(closed: ClosedJaxpr, mesh: Mesh, *, given: Sequence[NamedSharding | None], left: Sequence[NamedSharding | None]) -> ClosedJaxpr:

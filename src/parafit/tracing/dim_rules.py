@@ -2,14 +2,9 @@
 
 A **rule** takes the dims of the operands and returns those of the results, and the dims summed over. It ties (the same
 elements on both sides) and fixes (the primitive cannot split this dimension without moving data between devices).
-JAX is not imported: a rule reads the parameters of a traced equation. Each is written as in einsum: (dims of an operand), ... → (dims of a
-result); a dim that appears on both sides is the same, n is a new one, and [n] is fixed.
+`(b i), (i o) → (b o)` says which: dims of operands, dims of results, equal letters for those that are tied.
 
-Args:
-    dims: all dims of the step, where the rule ties and fixes them.
-    params: parameters of the equation.
-    inputs: dims of the operands.
-    shapes: shapes of the results.
+JAX is not imported: a rule reads the parameters of a traced equation.
 """
 
 from collections.abc import Callable
@@ -29,19 +24,19 @@ def _news(dims: Dims, shape: Shape) -> list[int]:
 
 
 def unknown(dims: Dims, params, inputs, shapes) -> Ties:
-    """([a] [b]), ([c]) → ([m] [n]): nothing is known, so nothing can be split."""
+    """`(a b), (c) → (d)`: nothing is tied, and all is fixed."""
     outputs = free(dims, params, inputs, shapes)[0]
     dims.fix(dim for group in (*inputs, *outputs) for dim in group)
     return outputs, []
 
 
 def free(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a b) → (m n): results have dims of their own."""
+    """`(a b) → (c d)`: results have dims of their own."""
     return [_news(dims, shape) for shape in shapes], []
 
 
 def elementwise(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a b), (a b) → (a b); an operand of size 1 along a dimension meets any."""
+    """`(a b), (a b) → (a b)`; a result's dim is new where no operand has it in its size."""
     return [_meet(dims, inputs, shape) for shape in shapes], []
 
 
@@ -56,12 +51,12 @@ def _meet(dims: Dims, inputs: list[list[int]], shape: Shape) -> list[int]:
 
 
 def identity(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a b), (c) → (a b), (c): results are the operands."""
+    """`(a b), (c) → (a b), (c)`"""
     return [list(group) for group in inputs], []
 
 
 def broadcast(dims: Dims, params, inputs, shapes) -> Ties:
-    """(b) → (n b): what is repeated is new."""
+    """`(b) → (a b)`, a new."""
     result = _news(dims, shapes[0])
     for dim, place in zip(inputs[0] if inputs else (), params["broadcast_dimensions"]):
         if dims.size(dim) == shapes[0][place]:
@@ -70,36 +65,36 @@ def broadcast(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def transpose(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a b) → (b a)."""
+    """`(a b) → (b a)`"""
     return [[inputs[0][place] for place in params["permutation"]]], []
 
 
 def reshape(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a b) → (ab), (ab) → (a b): row-major, by the factors of the sizes."""
+    """`(a b c) → (ab c)` and back: dims are cut into factors, which stay the same."""
     return [dims.reshape(inputs[0], shapes[0])], []
 
 
 def reverse(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]) → (a [b]): what is turned round is fixed."""
+    """`(a b) → (a b)`, b turned round and fixed."""
     dims.fix(inputs[0][place] for place in params["dimensions"])
     return [list(inputs[0])], []
 
 
 def reduce(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a b) → (a), summed over b."""
+    """`(a b) → (a)`, summed over b."""
     axes = set(params["axes"])
     return [[dim for place, dim in enumerate(inputs[0]) if place not in axes]], [inputs[0][axis] for axis in axes]
 
 
 def reduce_oddly(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]) → (a), where no sum, maximum or minimum over devices joins partial results."""
+    """`(a b) → (a)`, b fixed: no sum, maximum or minimum over devices joins partial results."""
     axes = set(params.get("axes", params.get("dimensions", ())))
     dims.fix(inputs[0][axis] for axis in axes)
     return [[dim for place, dim in enumerate(inputs[0]) if place not in axes] for _ in shapes], []
 
 
 def dot(dims: Dims, params, inputs, shapes) -> Ties:
-    """(g a k), (g k b) → (g a b), summed over k."""
+    """`(n b i), (n i o) → (n b o)`, summed over i."""
     (left_sums, right_sums), (left_batch, right_batch) = params["dimension_numbers"]
     left, right = inputs
     for one, other in zip((*left_sums, *left_batch), (*right_sums, *right_batch)):
@@ -114,7 +109,7 @@ def _taken(inputs, params):
 
 
 def convolution(dims: Dims, params, inputs, shapes) -> Ties:
-    """(b i s), (o i w) → (b o n), summed over i; s itself where the window is one place wide and skips none."""
+    """`(b y x i), (h w i o) → (b y x o)`, summed over i; y, x, h and w fixed where windows slide along them."""
     numbers = params["dimension_numbers"]
     (batch, feature, *places), (leaving, entering, *windows), (out_batch, out_feature, *outs) = (
         numbers.lhs_spec,
@@ -151,14 +146,14 @@ def _windowed(dims: Dims, dim: int, size: int) -> int:
 
 
 def window(dims: Dims, params, inputs, shapes) -> Ties:
-    """(b [s]) → (b [n]), where windows move along s; b is any dimension along which they do not."""
+    """`(b y x c) → (b y x c)`, y and x fixed where windows slide along them."""
     windows = zip(params["window_dimensions"], params["window_strides"])
     moved = [window != 1 or stride != 1 for window, stride in windows]
     return [[_windowed(dims, dim, size) if slides else dim for dim, size, slides in zip(inputs[-1], shapes[0], moved)] for _ in shapes], []
 
 
 def window_gradient(dims: Dims, params, inputs, shapes) -> Ties:
-    """(b [n]), (b [s]) → (b [s]): the gradient of a pooling, back at the places that it came from."""
+    """`(b v u c), (b y x c) → (b y x c)`, v, u, y and x fixed where windows slide along them."""
     source, operand = inputs[0], inputs[1]
     for one, other in zip(source, operand):
         if dims.size(one) == dims.size(other):
@@ -169,7 +164,7 @@ def window_gradient(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def along(name: str) -> Rule:
-    """Same dims for all operands and results; nothing is split along the one that the parameter names."""
+    """`(a b), (a b) → (a b), (a b)`, b fixed: the one that the equation's parameter of this name says."""
 
     def rule(dims: Dims, params, inputs, shapes) -> Ties:
         outputs = elementwise(dims, params, inputs, shapes)[0]
@@ -180,7 +175,7 @@ def along(name: str) -> Rule:
 
 
 def top(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]) → (a [n]): the largest entries, and their places."""
+    """`(a b) → (a k), (a k)`, b and k fixed."""
     axis = params["axis"]
     new = dims.new(params["k"])
     dims.fix((inputs[0][axis], new))
@@ -189,7 +184,7 @@ def top(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def concatenate(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]), (a [c]) → (a n)."""
+    """`(a b), (a c) → (a d)`, b and c fixed."""
     axis = params["dimension"]
     result = []
     for place, size in enumerate(shapes[0]):
@@ -203,7 +198,7 @@ def concatenate(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def stack(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a), (a) → ([n] a)."""
+    """`(a b), (a b) → (a s b)`, s new and fixed."""
     one = elementwise(dims, params, inputs, [_without(shapes[0], params["axis"])])[0][0]
     new = dims.new(len(inputs))
     dims.fix([new])
@@ -215,13 +210,13 @@ def _without(shape: Shape, axis: int) -> Shape:
 
 
 def unstack(dims: Dims, params, inputs, shapes) -> Ties:
-    """([b] a) → (a), (a)."""
+    """`(a s b) → (a b), (a b)`, s fixed."""
     dims.fix([inputs[0][params["axis"]]])
     return [[dim for place, dim in enumerate(inputs[0]) if place != params["axis"]] for _ in shapes], []
 
 
 def crop(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]) → (a n): dimensions that keep their size are the same, the others are cut, which a split could not follow."""
+    """`(a b) → (a c)`, b cut and fixed, for a split could not follow: slices, splits and tiles."""
     return [_keep(dims, inputs[0], shape) for shape in shapes], []
 
 
@@ -231,14 +226,14 @@ def _keep(dims: Dims, group: list[int], shape: Shape) -> list[int]:
 
 
 def pad(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]) → (a n), where b is padded and a is not."""
+    """`(a b) → (a c)`, b padded and fixed."""
     same = [tuple(config) == (0, 0, 0) for config in params["padding_config"]]
     dims.fix(dim for dim, kept in zip(inputs[0], same) if not kept)
     return [[dim if kept else dims.new(size) for dim, size, kept in zip(inputs[0], shapes[0], same)]], []
 
 
 def update(dims: Dims, params, inputs, shapes) -> Ties:
-    """(a [b]), (a [c]) → (a [b]): a part is written over, as long as the whole along a."""
+    """`(a b), (a c) → (a b)`, b and c fixed: what is written is a part of the first."""
     for dim, part in zip(inputs[0], inputs[1]):
         if dims.size(dim) == dims.size(part):
             dims.tie(dim, part)
@@ -248,7 +243,7 @@ def update(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def gather(dims: Dims, params, inputs, shapes) -> Ties:
-    """(t d), (r i) → (r d): rows looked up in a table by indices along i, as if summed over t."""
+    """`(v d), (n 1) → (n d)`, summed over v; what of d is cut is fixed."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     operand, indices = inputs
     for place, other in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims):
@@ -267,11 +262,7 @@ def gather(dims: Dims, params, inputs, shapes) -> Ties:
 
 
 def scatter(sums: bool) -> Rule:
-    """(t d), (r i), (r d) → (t d): rows written into a table by indices along i.
-
-    Args:
-        sums: whether they are added, over r then, or replace what is there, which fixes r.
-    """
+    """`(v d), (n 1), (n d) → (v d)`, summed over n, or n fixed where what is written is no sum."""
 
     def rule(dims: Dims, params, inputs, shapes) -> Ties:
         numbers = params["dimension_numbers"]

@@ -156,7 +156,8 @@ def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list
     """The smallest runs of old and new dimensions with equal products.
 
     Args:
-        old, new: sizes, whose products are equal.
+        old: sizes before a reshape.
+        new: sizes after it, with the same product.
 
     >>> groups([4, 6, 5], [24, 5])
     [([0, 1], [0]), ([2], [1])]

@@ -7,7 +7,8 @@ not computed twice. Both are what XLA's fusion aims at.
 
 from dataclasses import dataclass, field
 
-from parafit.tracing.graph import Graph, Record, Value
+from parafit.tracing.graph import Graph
+from parafit.tracing.values import Record, Value
 
 
 @dataclass(eq=False, kw_only=True)
@@ -88,7 +89,7 @@ def _reads(record: Record, stored: set[int]) -> tuple[dict[Value, float], list[R
     """What a record and the chains fused into it read from memory, and the records of those chains."""
     reads: dict[Value, float] = {}
     fused: dict[int, Record] = {}
-    pending = [(value, _part(record)) for value in reversed(record.inputs)]
+    pending = [(value, _share_read(record)) for value in reversed(record.inputs)]
     while pending:
         value, share = pending.pop()
         root = value.root()
@@ -96,11 +97,11 @@ def _reads(record: Record, stored: set[int]) -> tuple[dict[Value, float], list[R
             reads[root] = max(reads.get(root, 0.0), min(value.bytes, root.bytes) * share)
         elif root.producer is not None and id(root.producer) not in fused:
             fused[id(root.producer)] = root.producer
-            pending += [(each, share * _part(root.producer)) for each in reversed(root.producer.inputs)]
+            pending += [(each, share * _share_read(root.producer)) for each in reversed(root.producer.inputs)]
     return {root: size for root, size in reads.items() if not root.literal}, list(fused.values())
 
 
-def _part(record: Record) -> float:
+def _share_read(record: Record) -> float:
     """The share of its operand that an operation looks at."""
     if record.primitive not in ("slice", "split", "dynamic_slice"):
         return 1.0

@@ -1,100 +1,15 @@
 """Walks a traced step: every equation at every depth becomes a record of an operation over values whose dims are tied."""
 
-import functools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from parafit.planner.program import Leaf
 from parafit.support.jaxprs import Scan, While, called, opened, read_branches, read_scan, read_while
 from parafit.tracing.dims import Dims
 from parafit.tracing.primitives import matmul_shape, primitive_named
-
-
-@dataclass(eq=False, kw_only=True)
-class Value:
-    """An array of the traced step.
-
-    Attributes:
-        shape, itemsize, role: as in `parafit.planner.program.Tensor`.
-        dims: numbers in the graph's `Dims`.
-        name: of a leaf, else "".
-        layer: the layer it belongs to, "" while unknown.
-        source: the value it is another view of.
-        producer: the operation that writes it.
-        loop: the loop that gives it, carried or stacked.
-        readers: operations that read it.
-        leaves: the program returns it, or a loop hands it on.
-        literal: a number in the program's text.
-        number: which one.
-        cheap: computed from numbers in the program's text by what fuses, so that no loop need store it.
-        seen: the view of it that tells what it is (a gradient in the shape of its parameter).
-    """
-
-    shape: tuple[int, ...]
-    itemsize: int
-    dims: list[int]
-    role: str = "activation"
-    name: str = ""
-    layer: str = ""
-    source: "Value | None" = None
-    producer: "Record | None" = None
-    loop: "Record | None" = None
-    readers: "list[Record]" = field(default_factory=list)
-    leaves: bool = False
-    literal: bool = False
-    number: Any = None
-    cheap: bool = False
-    seen: "Value | None" = None
-
-    @property
-    def size(self) -> int:
-        """Elements of the whole array."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the whole array."""
-        return self.size * self.itemsize
-
-    def root(self) -> "Value":
-        """The value this one is a view of, itself if of none."""
-        value = self
-        while value.source is not None:
-            value = value.source
-        return value
-
-
-@dataclass(eq=False, kw_only=True)
-class Record:
-    """An operation of the traced step; fields as in `parafit.planner.program.Operation` and `Primitive`, dims as numbers.
-
-    Attributes:
-        params: of its primitive.
-        loop: the record of the innermost loop that it runs in, None outside of loops.
-        again: it repeats for the backward pass what the forward pass did.
-    """
-
-    primitive: str
-    kind: str
-    scope: str
-    layer: str
-    phase: str
-    inputs: list[Value]
-    outputs: list[Value]
-    flops: float
-    contracted: list[int] = field(default_factory=list)
-    shape: tuple[int, ...] = ()
-    steps: int = 1
-    fuses: bool = False
-    alias: bool = False
-    costly: bool = False
-    absorbs: bool = False
-    params: Mapping[str, Any] = field(default_factory=dict)
-    loop: "Record | None" = None
-    again: bool = False
+from parafit.tracing.scopes import dim_words, inherited_layer, is_again, label_of, layer_of, shared_folder
+from parafit.tracing.values import Record, Value
 
 
 class Graph:
@@ -196,9 +111,9 @@ class Graph:
         for value in stacked:
             self.dims.tie(time, value.dims[0])
         outer = self._enter(inputs, carry, scope, steps * length)
-        label = _prefix([value.root().name for value in stacked if value.root().role == "parameter"])
-        self.hints.append((time, "steps", _layer(scope) or label, 4))
-        scope = scope if _layer(scope) else f"{scope}/{label}"
+        label = shared_folder([value.root().name for value in stacked if value.root().role == "parameter"])
+        self.hints.append((time, "steps", layer_of(scope) or label, 4))
+        scope = scope if layer_of(scope) else f"{scope}/{label}"
         slices = [self._view(value, var.aval.shape, value.dims[1:]) for var, value in zip(body.invars[fixed + carried :], stacked)]
         leaving = self._jaxpr(body, consts, [*inputs[:fixed], *map(self._view, carry), *slices], scope, steps * length)
         outputs = self._carried(carry, leaving[:carried], scope, steps * length)
@@ -324,14 +239,14 @@ class Graph:
                 self.dims.fix(wide[1:])
 
     def _record(self, primitive: str, kind: str, scope: str, inputs: list[Value], contracted: list[int], **options) -> Record:
-        layer = _layer(scope) or _inherited(inputs)
+        layer = layer_of(scope) or inherited_layer(inputs)
         record = Record(
             primitive=primitive,
             kind=kind,
             scope=scope,
             layer=layer,
             phase="backward" if "transpose(" in scope else "forward" if "jvp(" in scope else "",
-            again=_is_again(scope),
+            again=is_again(scope),
             inputs=inputs,
             outputs=[],
             flops=options.pop("flops", 0.0),
@@ -356,84 +271,9 @@ class Graph:
         for side, value in enumerate(record.inputs):
             root = value.root()
             if root.role == "parameter" and value.shape:
-                label, later = _label(root), 5 * (record.phase == "backward")
-                for rank, word, dim in _words(equation, record, side, value):
+                label, later = label_of(root), 5 * (record.phase == "backward")
+                for rank, word, dim in dim_words(equation, record, side, value):
                     at = label.rpartition("/")[0] or label if word.startswith("head") else label
                     self.hints.append((dim, word, at, rank + later))
                 if record.primitive == "gather" and side == 0:
                     self.hints += [(dim, "sequence", "", 2) for dim in record.inputs[1].dims[1:-1]]
-
-
-def _prefix(names: Sequence[str]) -> str:
-    """The folder that all names are in."""
-    parts = [name.split("/")[:-1] for name in names]
-    shared = [column[0] for column in zip(*parts) if len(set(column)) == 1]
-    return "/".join(shared)
-
-
-def _words(equation, record: Record, side: int, value: Value) -> Iterable[tuple[int, str, int]]:
-    """(rank, word, dim) of a parameter's dims as an operation uses them."""
-    params = equation.params
-    if record.kind == "matmul":
-        sums, batch = params["dimension_numbers"]
-        free = [place for place in range(len(value.dims)) if place not in {*sums[side], *batch[side]}]
-        words = {1: ["units"], 2: ["heads", "head_size"]}.get(len(free), ["units"] * len(free))
-        yield from ((1, word, value.dims[place]) for word, place in zip(words, free))
-        yield from ((4, "inputs", value.dims[place]) for place in sums[side])
-        yield from ((1, "experts", value.dims[place]) for place in batch[side])
-    elif record.kind == "convolution" and side == 1:
-        leaving, entering, *windows = params["dimension_numbers"].rhs_spec
-        yield 1, "filters", value.dims[leaving]
-        yield 4, "channels", value.dims[entering]
-        yield from ((1, "window", value.dims[place]) for place in windows)
-    elif record.primitive == "gather" and side == 0:
-        collapsed = params["dimension_numbers"].collapsed_slice_dims
-        yield from ((1, "vocabulary" if place in collapsed else "features", dim) for place, dim in enumerate(value.dims))
-    elif record.kind == "elementwise" and len(value.dims) == 1:
-        yield from ((2, "features", dim) for dim in value.dims)
-
-
-_PLAIN = {"kernel", "weight", "weights", "w", "embeddings", "embedding", "gamma", "scale", "bias", "b", "beta", "recurrent_kernel"}
-
-
-def _label(value: Value) -> str:
-    """What a parameter's dims are named after: its layer, or the parameter where its own name tells more."""
-    parent, _, last = value.name.rpartition("/")
-    return (value.layer or parent or value.name) if last in _PLAIN else value.name
-
-
-def _inherited(inputs: list[Value]) -> str:
-    """The layer of an operation that does not tell: that of the parameter it reads, else of its first operand that has one."""
-    for value in inputs:
-        root = value.root()
-        if root.role == "parameter":
-            return root.layer or root.name.rpartition("/")[0] or root.name
-    return next((value.layer for value in inputs if value.layer), "")
-
-
-@functools.lru_cache(4096)
-def _layer(scope: str) -> str:
-    """The layer in a name stack.
-
-    >>> _layer("transpose(jvp(block0))/attention/query/abc,cde->abde")
-    'block0/attention/query'
-    """
-    plain = re.sub(r"\w+\(|\)", "", scope)
-    return "/".join(part for part in plain.split("/") if part and part not in _TRANSFORMS and "->" not in part and "," not in part)
-
-
-def _is_again(scope: str) -> bool:
-    """Whether what a name stack is of belongs to a forward pass inside a backward pass.
-
-    >>> _is_again("transpose(jvp(jvp()))/rematted_computation/dense"), _is_again("transpose(jvp())/jvp(dense)/while/body")
-    (True, True)
-    >>> _is_again("transpose(jvp())/transpose(jvp(dense))"), _is_again("jvp(dense)")
-    (False, False)
-    """
-    _, backward, inner = scope.partition("transpose(")
-    parts = inner.split("/")[1:]
-    repeats = "rematted_computation" in parts or any(part.startswith("jvp(") for part in parts)
-    return bool(backward) and repeats and not any(part.startswith("transpose(") for part in parts)
-
-
-_TRANSFORMS = {"rematted_computation", "checkpoint", "while", "body", "cond", "closed_call"}

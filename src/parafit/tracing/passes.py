@@ -84,17 +84,13 @@ class Exchange(Pass):
         self.replacements: dict[Any, JaxprEqn] = {}
 
     def equations(self, equation: JaxprEqn) -> list[JaxprEqn]:
+        """The equation's replacement, or what the pass makes of it otherwise."""
         choose = self.choosers.get(equation.primitive.name)
         form = choose(equation) if choose else None
         return [self.exchanged(equation, form)] if form else super().equations(equation)
 
     def exchanged(self, equation: JaxprEqn, form: Callable) -> JaxprEqn:
-        """A call of another form in the place of an equation; equations that are alike share one traced form.
-
-        Args:
-            equation: the equation to replace.
-            form: a function of arrays like its operands, which gives what it gives.
-        """
+        """A call of `form` in the equation's place."""
         key = equation.primitive, tuple((var.aval.shape, var.aval.dtype) for var in equation.invars), tuple(equation.params.items())
         if key not in self.replacements:
             self.replacements[key] = _call(equation, form)

@@ -48,8 +48,8 @@ def matmul_shape(params: dict, shapes: Sequence[Shape]) -> Shape:
     """(batches, rows, inner, columns) of a `dot_general`.
 
     Args:
-        params: parameters of the equation.
-        shapes: shapes of its two operands.
+        params: of the traced equation.
+        shapes: of its two operands.
     """
     (sums, _), (batches, others) = params["dimension_numbers"]
     inner, batch = math.prod(shapes[0][i] for i in sums), math.prod(shapes[0][i] for i in batches)

@@ -78,8 +78,8 @@ def trace_loss(loss: Callable, parameters, batch, *, optimizer=None, name: str =
         changes, slots = update(gradients, slots, parameters)
         return value, jax.tree.map(lambda old, change: old + change.astype(old.dtype), parameters, changes), slots
 
-    held = [*weights, *tree_leaves(slots, "slot", "slots")]
-    return trace(step, (parameters, slots, batch), [*held, *inputs], results=held, name=name)
+    state = [*weights, *tree_leaves(slots, "slot", "slots")]
+    return trace(step, (parameters, slots, batch), [*state, *inputs], results=state, name=name)
 
 
 def trace(
@@ -110,9 +110,9 @@ def trace(
     except Exception as error:
         raise _untraceable(error, name) from error
     named = _named(leaves)
-    held = [named[id(leaf)] for leaf in results]
-    program = describe(Graph(closed, list(named.values()), held), name, like)
-    return stored(program, closed, list(named.values()), held) if stored else program
+    returned = [named[id(leaf)] for leaf in results]
+    program = describe(Graph(closed, list(named.values()), returned), name, like)
+    return stored(program, closed, list(named.values()), returned) if stored else program
 
 
 def jaxpr_of(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from parafit.tracing.graph import Graph, Record, Value
+from parafit.tracing.graph import Graph
+from parafit.tracing.values import Record, Value
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

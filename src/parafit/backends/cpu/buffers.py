@@ -20,7 +20,8 @@ from typing import Any
 
 from parafit.backends.cpu.arrays import Array
 from parafit.planner.program import Buffer, Program
-from parafit.tracing.graph import Graph, Record, Value
+from parafit.tracing.graph import Graph
+from parafit.tracing.values import Record, Value
 
 
 def buffers(graph: Graph, program: Program, arrays: Sequence[Array], results: Sequence[Array], *, frugal: bool) -> tuple[Buffer, ...]:

@@ -10,8 +10,8 @@ from parafit.backends.cpu.buffers import buffers, dim_names
 from parafit.backends.cpu.options import saves_memory
 from parafit.backends.cpu.rewrite import rewrite_jaxpr
 from parafit.planner.program import Leaf, Operation, Program, Tensor
-from parafit.tracing.describe import attribute
 from parafit.tracing.graph import Graph
+from parafit.tracing.phases import attribute
 
 
 def stored(

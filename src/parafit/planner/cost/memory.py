@@ -45,7 +45,7 @@ def peak(program: Program, partition: Partition, stage: Stage, *, reserved_bytes
         the activations unless the program knows its buffers.
     """
     parts: dict[str, float] = dict.fromkeys(("parameters", "slots", "state", *BUFFERED), 0.0)
-    for tensor in _held(program, stage):
+    for tensor in _state_of(program, stage):
         name = {"parameter": "parameters", "gradient": "gradients", "slot": "slots"}.get(tensor.role, "state")
         parts[name] += partition.stored_bytes(tensor) * _copies(tensor, stage)
     if is_compiled(program, partition.plan):
@@ -62,8 +62,8 @@ def is_compiled(program: Program, plan: Plan) -> bool:
     """Whether memory under a plan follows from the program's buffers.
 
     Args:
-        program: the step.
-        plan: the plan that splits it.
+        program: what one step computes.
+        plan: who does it.
     """
     return bool(program.buffers) and plan.axes.get("pipeline", 1) == 1
 
@@ -88,8 +88,8 @@ def boundary(program: Program, operations: Sequence[Operation]) -> tuple[Tensor,
     """What passes from one block to the next: read by a block before any block has written it.
 
     Args:
-        program: the step.
-        operations: the step's operations, or those of a part of it.
+        program: what one step computes.
+        operations: those of it that count, in the order they run.
     """
     written: set[str] = set()
     found: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ def recomputed(program: Program) -> list[Operation]:
     return found
 
 
-def _held(program: Program, stage: Stage) -> list[Tensor]:
+def _state_of(program: Program, stage: Stage) -> list[Tensor]:
     """The training state that a stage's operations touch."""
     names = {name for operation in stage.operations for name in (*operation.inputs, *operation.outputs)}
     mine = {name for name in names if program.tensors[name].role in ("parameter", "gradient", "state")}

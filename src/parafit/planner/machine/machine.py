@@ -1,70 +1,16 @@
-"""`Machine`: what computes. Devices, their memory, and the links between them, each number with its source. Plain Python.
-
-A machine is read from JSON in which every number is `{"value": ..., "source": "..."}`. Presets are in `presets/`.
-"""
+"""`Machine`: what computes. Devices, their memory, and the links between them, each number with its source. Plain Python."""
 
 import itertools
 import json
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from parafit.errors import MachineError
-from parafit.planner.machine.matmul import rate_between
-from parafit.support.arguments import did_you_mean
-
-PRESETS = Path(__file__).with_name("presets")
-
-_FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matmul:
-    """How much of a device's peak a matrix product reaches, by its shape.
-
-    Two ways to say it. A table of measurements, for a calibrated machine; or the geometry of the kernels: the product is cut into
-    tiles, `units` of them run at once, the last wave is not full, and the first and last steps of the inner loop do no work.
-
-    Attributes:
-        best: share of the peak that the best shape reaches, by precision.
-        units: multiprocessors (or matrix units, or cores) that work on tiles side by side.
-        tiles: (rows, columns, share): tiles a kernel may choose, with the share of `best` that a tile of that size sustains at the highest
-            peak; slower precisions lose less, as far as their operands are not wider.
-        fill: inner length that takes as long as starting a tile and writing it out, at the highest peak but float8's (a latency: a slower
-            precision does less in that time).
-        alignment: (bytes, share): a row whose bytes are a multiple of so many is read at that share; largest first. Empty: all alike.
-        table: (precision, rows, inner, columns, FLOP/s) measured; where it has the precision, it is used and the geometry is not. Other
-            ways to run a product are rows of their own: "float32 transposed" (a dense layer's kernel transposed, for its input's gradient),
-            "float32 gradient" (of a dense layer's kernel), "float32 batched" (many at once), "float32 convolution" (a convolution by the
-            product it stands for), "float32 correlation" (the gradient of its kernel).
-    """
-
-    best: Mapping[str, float] = field(default_factory=dict)
-    units: int = 1
-    tiles: tuple[tuple[float, ...], ...] = ((1, 1, 1.0),)
-    fill: float = 0.0
-    alignment: tuple[tuple[float, ...], ...] = ()
-    table: tuple[tuple[Any, ...], ...] = ()
-
-    @cached_property
-    def _rates(self) -> dict[tuple, float]:
-        return {}
-
-    def rate(self, name: str, rows: float, inner: float, columns: float) -> float:
-        """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often.
-
-        Args:
-            name: name of a precision, with the form after a space, as in `table`.
-            rows, inner, columns: sizes of the product.
-        """
-        asked = name, rows, inner, columns
-        if asked not in self._rates:
-            self._rates[asked] = rate_between(self.table, *asked)
-        return self._rates[asked]
+from parafit.planner.machine.files import FORMAT, bandwidth, make, parse_json, read_json, section, with_sources, without_sources
+from parafit.planner.machine.matmul import Matmul, aligned_share, tile_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +92,10 @@ class Device:
         if rate := next(filter(None, (self.matmul.rate(name, rows, inner, columns) for name in names)), 0.0):
             return 2 * batches * rows * inner * columns / rate
         best = self.matmul.best.get(precision, 1.0) * self.peak(precision)
-        aligned = _aligned(self.matmul.alignment, ITEMSIZE[precision], (inner, columns))
+        aligned = aligned_share(self.matmul.alignment, ITEMSIZE[precision], (inner, columns))
         slower = self.peak(precision) / max(rate for name, rate in self.peak_flops.items() if name != "float8")
         loads = slower * ITEMSIZE[precision] / 2
-        slots = min(_tile_work(tile, loads, self.matmul.units, batches, rows, columns) for tile in self.matmul.tiles)
+        slots = min(tile_work(tile, loads, self.matmul.units, batches, rows, columns) for tile in self.matmul.tiles)
         fill = self.matmul.fill * min(1.0, slower)
         return 2 * slots * (inner + fill) / (best * aligned)
 
@@ -246,12 +192,12 @@ class Machine:
         Raises:
             MachineError: no such preset or file, or a number that is missing or impossible.
         """
-        content = _read(name)
+        content = read_json(name)
         networks = content.pop("networks", {})
         if network in networks:
             content["network"] = networks[network]
         elif network is not None:
-            content["network"] = content["network"] | {"bytes_per_second": _bandwidth(network, networks)}
+            content["network"] = content["network"] | {"bytes_per_second": bandwidth(network, networks)}
         if hosts is not None:
             content["hosts"] = {"value": hosts, "source": "asked for"}
         return _build(content)
@@ -263,11 +209,11 @@ class Machine:
         Raises:
             MachineError: not JSON, not a machine, or a number that is missing or impossible.
         """
-        return _build(_parse(text, "this text"))
+        return _build(parse_json(text, "this text"))
 
     def to_json(self) -> str:
         """The machine as JSON text, every number beside its source."""
-        return json.dumps({"format": _FORMAT} | _content(self, self.sources), indent=1)
+        return json.dumps({"format": FORMAT} | with_sources(self, self.sources), indent=1)
 
     def of(self, count: int) -> "Machine":
         """The same machine with `count` devices: whole hosts, or a part of one.
@@ -279,111 +225,14 @@ class Machine:
         return replace(self, devices_per_host=inside, hosts=math.ceil(count / inside))
 
 
-def _aligned(alignment, itemsize, lengths) -> float:
-    return min((next((share for size, share in alignment if length * itemsize % size == 0), 1.0) for length in lengths), default=1.0)
-
-
-def _tile_work(tile, loads, units, batches, rows, columns) -> float:
-    """Elements of the output times 1/share that the busiest unit computes, scaled by the number of units. What a small tile loses it waits
-    for operands: `loads` of what the fastest precision waits, against its arithmetic."""
-    height, width, share = tile
-    waves = math.ceil(batches * math.ceil(rows / height) * math.ceil(columns / width) / units)
-    return waves * units * height * width * (1 + (1 / share - 1) * loads)
-
-
-def _read(name: str | Path) -> dict[str, Any]:
-    path = Path(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
-    try:
-        content = _parse(path.read_text(encoding="utf-8"), str(name))
-    except (OSError, UnicodeDecodeError) as error:
-        known = sorted(preset.stem for preset in PRESETS.glob("*.json"))
-        if path.parent == PRESETS:
-            raise MachineError(
-                f"there is no machine {str(name)!r}.{did_you_mean(str(name), known)} Presets are {', '.join(known)}; any other name is the "
-                "path of a .json file."
-            ) from error
-        raise MachineError(f"cannot read machine {str(name)!r}: {error}. Presets are {', '.join(known)}.") from error
-    return _merge(_read(content.pop("like")), content) if "like" in content else content
-
-
-def _parse(text: str, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise MachineError(f"{name} is not a machine's JSON ({error}).") from error
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        raise MachineError(f"{name} is not a machine of format {_FORMAT}: it starts {text[:60]!r}.")
-    return content
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    nested = {key for key in changes if isinstance(changes[key], dict) and "value" not in changes[key] and isinstance(base.get(key), dict)}
-    return base | {key: _merge(base[key], changes[key]) if key in nested else changes[key] for key in changes}
-
-
-def _bandwidth(text: str, networks) -> dict[str, Any]:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gb", text)
-    if not match:
-        known = f" or one of {', '.join(networks)}" if networks else ""
-        raise MachineError(
-            f"network={text!r}: expected gigabits per second for each device such as '400Gb'{known}.{did_you_mean(text, networks)}"
-        )
-    return {"value": float(match[1]) * 1e9 / 8, "source": f"asked for: {text} for each device"}
-
-
 def _build(content: dict[str, Any]) -> Machine:
     sources: dict[str, str] = {}
-    plain = _plain({key: value for key, value in content.items() if key != "networks"}, "", sources)
-    device = dict(_part(plain, "device"))
-    device["matmul"] = _make(Matmul, device.get("matmul", {}), "device.matmul")
-    parts = {"device": _make(Device, device, "device")}
-    parts |= {link: _make(Link, _part(plain, link), link) for link in ("inner", "network")}
-    return _make(Machine, plain | parts | {"sources": sources}, "")
-
-
-def _plain(content: Any, path: str, sources: dict[str, str]) -> Any:
-    """The content without its sources, which are noted in `sources`."""
-    if isinstance(content, dict) and set(content) == {"value", "source"}:
-        if content["source"] != "default":
-            sources[path] = str(content["source"])
-        return _tuples(content["value"])
-    if isinstance(content, dict):
-        return {key: _plain(value, f"{path}.{key}".lstrip("."), sources) for key, value in content.items()}
-    if isinstance(content, str):
-        return content
-    raise MachineError(f'{path}={content!r} has no source: write {{"value": {content!r}, "source": "where it was read or measured"}}.')
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
-
-
-def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    if not isinstance(content.get(name), dict):
-        raise MachineError(f"the machine has no {name!r}: expected an object with its numbers.")
-    return content[name]
-
-
-def _make(kind: type, content: Mapping[str, Any], path: str):
-    known = {part.name for part in fields(kind)}
-    if unknown := sorted(set(content) - known):
-        raise MachineError(
-            f"{path or 'the machine'} has {', '.join(unknown)}, which parafit does not know. It knows {', '.join(sorted(known))}."
-        )
-    try:
-        return kind(**content)
-    except TypeError as error:
-        missing = ", ".join(re.findall(r"'(\w+)'", str(error)))
-        raise MachineError(f"{path or 'the machine'} lacks {missing or error}.") from error
-
-
-def _content(thing: Any, sources: Mapping[str, str], path: str = "") -> Any:
-    if is_dataclass(thing):
-        parts = {part.name: getattr(thing, part.name) for part in fields(thing) if part.name != "sources"}
-        return {name: _content(value, sources, f"{path}.{name}".lstrip(".")) for name, value in parts.items()}
-    if isinstance(thing, Mapping):
-        return {name: _content(value, sources, f"{path}.{name}") for name, value in thing.items()}
-    return thing if isinstance(thing, str) else {"value": thing, "source": sources.get(path, "default")}
+    plain = without_sources({key: value for key, value in content.items() if key != "networks"}, "", sources)
+    device = dict(section(plain, "device"))
+    device["matmul"] = make(Matmul, device.get("matmul", {}), "device.matmul")
+    parts = {"device": make(Device, device, "device")}
+    parts |= {link: make(Link, section(plain, link), link) for link in ("inner", "network")}
+    return make(Machine, plain | parts | {"sources": sources}, "")
 
 
 def _check(machine: Machine) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from parafit.errors import PlanError
-from parafit.planner.cost.cost import Cost, price
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import price
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import resolve
 from parafit.planner.machine.machine import Machine
@@ -59,9 +60,9 @@ def verdict(costs: Costs, names: list[str], limit_bytes: float) -> str:
     """One sentence: which plan is better, and by which terms.
 
     Args:
-        costs: costs of two plans.
-        names: names of the two plans.
-        limit_bytes: bytes that a device may hold.
+        costs: of two plans.
+        names: what the sentence calls them.
+        limit_bytes: what a device may hold.
     """
     fits = [cost.peak_bytes <= limit_bytes for cost in costs]
     if not all(fits):

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from parafit.planner.cost.cost import Estimator
+from parafit.planner.cost.estimator import Estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.layout import Piece, kernel_dims, undivided
 from parafit.planner.plan import AXES, Plan
@@ -11,7 +11,7 @@ from parafit.planner.search.ranking import milliseconds
 from parafit.planner.search.space import Candidates
 
 
-def held_back(candidates: Candidates, software: Software, plan: Plan, seconds: float) -> tuple[str, ...]:
+def limits(candidates: Candidates, software: Software, plan: Plan, seconds: float) -> tuple[str, ...]:
     """Sentences for what a plan leaves whole or idle, each with the sizes that would not.
 
     Args:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
-from parafit.planner.cost.cost import Cost, Estimator
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.estimator import Estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, is_compiled, peak
 from parafit.planner.machine.machine import Machine
@@ -15,7 +16,7 @@ from parafit.planner.program import Operation, Program
 
 
 class Prices:
-    """`cost.price`, for a search.
+    """`price`, for a search.
 
     What one microbatch takes does not depend on pipeline stages or on how state is stored, and what the optimiser does depends on
     nothing else: each part is remembered under what it depends on.
@@ -25,7 +26,7 @@ class Prices:
         machine: what computes.
         software: what the framework does, where it is not parafit.
 
-    >>> from parafit.planner.cost.cost import price
+    >>> from parafit.planner.cost.estimator import price
     >>> from parafit.planner.networks import named
     >>> program, machine = named("gpt:125m", batch=8), Machine.load("a100x8")
     >>> plan = Plan(axes={"data": 8}, compute={"batch": "data"}, precision="bfloat16")
@@ -57,26 +58,26 @@ class Prices:
 
     def of(self, plan: Plan) -> Cost:
         """The price of a plan."""
-        return self._pricing(plan).cost()
+        return self._estimator(plan).cost()
 
     def peak_bytes(self, plan: Plan) -> int:
         """The bytes of the price alone."""
-        return math.ceil(math.fsum(self._pricing(plan).memory().values()))
+        return math.ceil(math.fsum(self._estimator(plan).memory().values()))
 
     def least_seconds(self, plan: Plan) -> float:
         """What a plan takes at least: its microbatches, on stages that are all equally long, and no exchange of gradients."""
-        pricing = self._pricing(plan)
-        parts = [pricing.microbatch(place) for place in ("first", "blocks", "last")]
+        estimator = self._estimator(plan)
+        parts = [estimator.microbatch(place) for place in ("first", "blocks", "last")]
         totals = [sum(part.values()) for part in parts]
-        whole = totals[0] + pricing.blocks * totals[1] + totals[2]
-        longest = whole / pricing.stages
-        return longest * pricing.partition.rounds + (whole - longest) / plan.interleave
+        whole = totals[0] + estimator.blocks * totals[1] + totals[2]
+        longest = whole / estimator.stages
+        return longest * estimator.partition.rounds + (whole - longest) / plan.interleave
 
-    def _pricing(self, plan: Plan) -> "_Remembered":
-        return _Remembered(self.program, plan, self.machine, self.software, self._memo, self._traits)
+    def _estimator(self, plan: Plan) -> "_RememberedEstimator":
+        return _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
 
 
-class _Remembered(Estimator):
+class _RememberedEstimator(Estimator):
     """`Estimator` that looks into `memo` before it works a part out."""
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits"):
@@ -85,20 +86,21 @@ class _Remembered(Estimator):
         axis = plan.compute.get("batch", "")
         others = {name: self.reach(name) for name in plan.axes if name not in (axis, "pipeline")}
         dims = tuple((dim, at) for dim, at in plan.compute.items() if dim not in ("batch", "blocks"))
-        self.width = (dims, tuple(others.items()))
+        self.width_key = (dims, tuple(others.items()))
         self.cut_rows, self.full_rows = (
-            (self.width, each.piece.local_rows, axis if each.piece.devices > 1 else "") for each in (self.partition, self.partition.fullest)
+            (self.width_key, each.piece.local_rows, axis if each.piece.devices > 1 else "")
+            for each in (self.partition, self.partition.fullest)
         )
-        self.part = (self.cut_rows, self.reach(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
-        self.state = (
-            self.cut_rows if traits.updates_rows else self.width,
+        self.pass_key = (self.cut_rows, self.reach(axis) if axis and traits.sums_rows else None, plan.recompute, plan.precision)
+        self.state_key = (
+            self.cut_rows if traits.updates_rows else self.width_key,
             tuple(plan.store.items()),
             plan.store_group,
             plan.axes.get(axis),
             self.stages,
             plan.recompute,
         )
-        self.partition = _Shares(self.program, plan, self)
+        self.partition = _RememberedPartition(self.program, plan, self)
 
     def reach(self, axis: str) -> tuple:
         """What a collective along an axis depends on."""
@@ -111,14 +113,14 @@ class _Remembered(Estimator):
         return self.memo[key]
 
     def microbatch(self, place: str) -> dict[str, float]:
-        return dict(self.remember(("microbatch", place, self.part), lambda: super(_Remembered, self).microbatch(place)))
+        return dict(self.remember(("microbatch", place, self.pass_key), lambda: super(_RememberedEstimator, self).microbatch(place)))
 
     def cut(self, totals) -> tuple[int, int, int]:
-        return self.remember(("cut", self.stages, *totals.values()), lambda: super(_Remembered, self).cut(totals))
+        return self.remember(("cut", self.stages, *totals.values()), lambda: super(_RememberedEstimator, self).cut(totals))
 
     def updated(self) -> dict[str, float]:
-        far = self.part if self.machine.device.curves else None  # how far state is away, there, depends on all that a step touches
-        return dict(self.remember(("update", self.state, far), super().updated))
+        far = self.pass_key if self.machine.device.curves else None  # how far state is away, there, depends on all that a step touches
+        return dict(self.remember(("update", self.state_key, far), super().updated))
 
     def memory(self) -> dict[str, float]:
         found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts())]
@@ -134,7 +136,7 @@ class _Remembered(Estimator):
             one = Stage(operations=stage.operations, block_share=stage.block_share, in_flight=1)
             return peak(self.program, self.partition.fullest, one, reserved_bytes=self.machine.device.context_bytes)
 
-        def part(key: Hashable, *names: str) -> dict[str, float]:
+        def remembered(key: Hashable, *names: str) -> dict[str, float]:
             return self.remember(key, lambda: {name: value for name, value in work().items() if (name in names)})
 
         # Gradients rest like state where they wait for the update, and pass like activations in a program that knows its buffers.
@@ -143,24 +145,25 @@ class _Remembered(Estimator):
             "gradients",
             place,
             stage.block_share,
-            self.state,
-            (self.part, self.full_rows, self.plan.store_group) if compiled else None,
+            self.state_key,
+            (self.pass_key, self.full_rows, self.plan.store_group) if compiled else None,
         )
-        moving = part(
-            ("activations", place, stage.block_share, self.part, self.full_rows), "inputs", "activations", "temporaries", "context"
+        moving = remembered(
+            ("activations", place, stage.block_share, self.pass_key, self.full_rows), "inputs", "activations", "temporaries", "context"
         )
-        resting = part(("state", place, stage.block_share, self.state), "parameters", "slots", "state") | part(gradients, "gradients")
+        resting = remembered(("state", place, stage.block_share, self.state_key), "parameters", "slots", "state")
+        resting |= remembered(gradients, "gradients")
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 
-class _Shares(Partition):
-    def __init__(self, program: Program, plan: Plan, pricing: _Remembered):
-        super().__init__(program, plan, flat_state=pricing.software.flat_state)
-        self.pricing = pricing
+class _RememberedPartition(Partition):
+    def __init__(self, program: Program, plan: Plan, estimator: _RememberedEstimator):
+        super().__init__(program, plan, flat_state=estimator.software.flat_state)
+        self.estimator = estimator
 
     def of(self, operation: Operation) -> Share:
-        key = ("share", id(operation), self.pricing.cut_rows)
-        return self.pricing.remember(key, lambda: super(_Shares, self).of(operation))
+        key = ("share", id(operation), self.estimator.cut_rows)
+        return self.estimator.remember(key, lambda: super(_RememberedPartition, self).of(operation))
 
 
 class _Traits:

@@ -41,7 +41,7 @@ class Ranking:
         machine: for which machine.
         software: of which framework.
         priced: how many plans were priced.
-        held_back: what keeps the best plan from using more of the machine, in sentences.
+        limits: what keeps the best plan from using more of the machine, in sentences.
     """
 
     best: Choice
@@ -52,7 +52,7 @@ class Ranking:
     machine: Machine
     software: Software
     priced: int
-    held_back: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
     def __post_init__(self):
         plan = replace(self.best.plan)
@@ -69,15 +69,15 @@ class Ranking:
 
     def table(self) -> str:
         """The price of the best plan and the runners-up, as text."""
-        return "\n".join([_price_line(self), *(f"limit   {each}" for each in self.held_back), *_table(self)])
+        return "\n".join([_price_line(self), *(f"limit   {each}" for each in self.limits), *_table(self)])
 
 
 def value(choice: Choice, goal: str) -> tuple[float, float]:
     """What a goal minimises, then what decides between equals.
 
     Args:
-        choice: a plan and its cost.
-        goal: "time", "memory" or "cost" (seconds times devices).
+        choice: a plan with its price.
+        goal: one of `GOALS`.
     """
     seconds, nbytes = choice.cost.seconds, choice.cost.peak_bytes
     if goal == "memory":
@@ -91,9 +91,9 @@ def why_not(other: Choice, best: Choice, goal: str, limit_bytes: float, allowed:
     Args:
         other: the plan that lost.
         best: the plan that won.
-        goal: "time", "memory" or "cost".
-        limit_bytes: bytes that a device may hold.
-        allowed: names of techniques.
+        goal: one of `GOALS`.
+        limit_bytes: what a device may hold.
+        allowed: names of techniques that may be used.
     """
     if refused := sorted(techniques(other.plan) - allowed):
         return f"not allowed: {', '.join(refused)}"
@@ -112,8 +112,8 @@ def label(plan: Plan, beside: Plan | None = None) -> str:
     """A plan in one line: its text with what the text does not say, without the precision where another plan has the same.
 
     Args:
-        plan: the plan to name.
-        beside: the plan that it is compared with.
+        plan: the plan.
+        beside: the other plan, if it stands beside one.
     """
     shown = replace(plan, precision="float32") if beside and beside.precision == plan.precision else plan
     return shown.short() + (" +sequence" if "sequence" in techniques(plan) else "")

@@ -1,6 +1,6 @@
 """`search`: the best plan of a program on a machine. Plain Python.
 
-    minimise    seconds of a step                          (goal "time"; cost.price)
+    minimise    seconds of a step                          (goal "time"; `price`)
                 bytes on the fullest device                (goal "memory")
                 seconds of a step × devices                (goal "cost")
 
@@ -39,7 +39,7 @@ from parafit.planner.cost.framework import Software
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
-from parafit.planner.search.limits import held_back
+from parafit.planner.search.limits import limits
 from parafit.planner.search.memo import Prices
 from parafit.planner.search.ranking import GOALS, Choice, Ranking, gibibytes, value, why_not
 from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
@@ -101,7 +101,7 @@ def search(
         machine=machine,
         software=software,
         priced=found.priced,
-        held_back=held_back(candidates, software, best.plan, best.cost.seconds),
+        limits=limits(candidates, software, best.plan, best.cost.seconds),
     )
 
 
@@ -214,15 +214,15 @@ class _Floors:
         return (1 - 1e-9) * seconds * (plan.device_count if self.goal == "cost" else 1)  # sums in another order round otherwise
 
 
-def _refused(program: Program, machine: Machine, prices: Prices, found: _Search, best: Choice) -> list[Choice]:
+def _refused(program: Program, machine: Machine, prices: Prices, done: _Search, best: Choice) -> list[Choice]:
     """The plan that would be best if everything were allowed that leaves the numbers as they are."""
-    every = Candidates(program, machine, SAME_NUMBERS | found.candidates.allow)
-    if every.allow == found.candidates.allow:
+    every = Candidates(program, machine, SAME_NUMBERS | done.candidates.allow)
+    if every.allow == done.candidates.allow:
         return []
-    search_all = _Search(every, prices, found.goal, found.limit, shown=1)
-    search_all.threshold = value(best, found.goal)[:1]
-    choices = sorted(search_all.run().best.values(), key=found.rank)
-    return [choice for choice in choices[:1] if value(choice, found.goal) < value(best, found.goal)]
+    search_all = _Search(every, prices, done.goal, done.limit, shown=1)
+    search_all.threshold = value(best, done.goal)[:1]
+    choices = sorted(search_all.run().best.values(), key=done.rank)
+    return [choice for choice in choices[:1] if value(choice, done.goal) < value(best, done.goal)]
 
 
 def _nothing_fits(candidates: Candidates, prices: Prices, limit: float) -> PlanError:

@@ -1,0 +1,291 @@
+"""`price`: what a plan takes on a machine, worked out by an `Estimator`. Plain Python.
+
+Every operation takes the longer of its arithmetic and its memory traffic (the roofline), plus what starting it costs. Collectives
+follow from the layouts (`partition`) and take alpha-beta times (`collectives`); what runs beside computation is hidden as far as there
+is computation to hide it. What a pipeline adds is in `pipeline`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from parafit.planner.cost.calibrated import Measured
+from parafit.planner.cost.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Group, seconds
+from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.framework import Software
+from parafit.planner.cost.memory import Stage, peak, recomputed
+from parafit.planner.cost.pipeline import Pipeline, merge
+from parafit.planner.layout import Piece
+from parafit.planner.machine.machine import Machine
+from parafit.planner.partition import Exchange, Partition
+from parafit.planner.plan import Plan
+from parafit.planner.program import Operation, Program
+
+
+def price(program: Program, plan: Plan, machine: Machine, *, software: Software | None = None) -> Cost:
+    """What a plan takes on a machine.
+
+    Args:
+        program: what one step computes.
+        plan: who does it; its dims must be the program's.
+        machine: what computes.
+        software: what the framework does, where it is not parafit.
+
+    Returns:
+        The `Cost` of one step.
+
+    Raises:
+        PlanError: the plan maps a dim that the program does not have.
+        MachineError: the machine lacks the precision that the plan asks for.
+
+    >>> from parafit.planner.networks import named
+    >>> plan = Plan(axes={"data": 8, "tensor": 8}, compute={"batch": "data", "heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"},
+    ...             microbatches=8, recompute="blocks", precision="bfloat16")
+    >>> cost = price(named("gpt:7.5b", batch=64), plan, Machine.load("a100x8", hosts=8))
+    >>> abs(sum(cost.times.values()) - cost.seconds) < 1e-12
+    True
+    """
+    return Estimator(program, plan, machine, software or Software()).cost()
+
+
+class Estimator(Pipeline):
+    """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
+
+    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()):
+        program = (plan.recompute == "blocks" and program.recomputed) or program
+        super().__init__(program, plan, machine, software, Partition(program, plan, cut, flat_state=software.flat_state))
+        self.precision = software.precision or plan.precision
+        self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
+        self.places = _places(program)
+        measured = Measured(program, self.partition, machine.device, self.precision, lambda: self.reach_bytes)
+        self.measured = measured if machine.device.curves else None
+
+    @cached_property
+    def reach_bytes(self) -> float:
+        """All that a step touches."""
+        return math.fsum(self.memory().values())
+
+    @cached_property
+    def forward_results(self) -> frozenset[str]:
+        """Names of what the forward pass writes."""
+        return frozenset(name for operation in self.program.operations if operation.phase == "forward" for name in operation.outputs)
+
+    def cost(self) -> Cost:
+        """All parts together."""
+        parts = {place: self.microbatch(place) for place in ("first", "blocks", "last")}
+        times = self.pipelined(parts)
+        for part in (self.updated(), self.reduced(times), self.gathered(times)):
+            merge(times, part)
+        times["dispatch"] = self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds
+        if self.measured:
+            times["feed"] = self.measured.feed_seconds(self.software.steps_per_dispatch)
+            times["operations"] = self.measured.starting_seconds()
+        return Cost(times=times, memory=self.memory())
+
+    def microbatch(self, place: str) -> dict[str, float]:
+        """Seconds by part of one microbatch in the operations before the blocks, of one block, or after them."""
+        times: dict[str, float] = {}
+        launched = {"forward": 0.0, "backward": 0.0}
+        seen: set[tuple[str, str, str]] = set()
+        repeats = place == "blocks" and self.plan.recompute == "blocks"
+        needed = recomputed(self.program) if repeats else []
+        for operation, at in zip(self.program.operations, self.places):
+            if at != place or operation.phase == "update":
+                continue
+            share = self.partition.of(operation)
+            part = {operation.label: self.operation_seconds(operation, share) * operation.steps}
+            host = self.software.launch_seconds
+            for exchange in share.exchanges:
+                key = (exchange.tensor.name, exchange.axis, operation.phase)
+                if exchange.tensor.role not in ("gradient", "parameter") and (exchange.kind != ALL_GATHER or key not in seen):
+                    seen.add(key)
+                    host += self.software.collective_seconds
+                    name = f"{exchange.kind} {exchange.axis}"
+                    beside = sum(part.values()) / operation.steps if self.overlaps(exchange, operation) else 0.0
+                    part[name] = part.get(name, 0.0) + self.exposed(exchange, beside) * operation.steps
+            idle = host * operation.steps - sum(part.values())
+            launched[operation.phase] += idle
+            merge(times, part)
+            if repeats and operation.phase == "forward" and (self.software.recomputes_all or operation in needed):
+                merge(times, {name.replace("forward", "recompute"): value for name, value in part.items()})
+                launched["backward"] += idle
+        times["launch"] = sum(max(0.0, idle) for idle in launched.values())
+        return times
+
+    def operation_seconds(self, operation: Operation, share) -> float:
+        """The roofline of one run, or what was measured."""
+        if self.measured:
+            return self.measured.operation_seconds(operation, share)
+        return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + self.machine.device.operation_seconds
+
+    def arithmetic_seconds(self, operation: Operation, share) -> float:
+        """Its arithmetic alone, at the rate of its kind and shape; 0 of what memory decides."""
+        if operation.kind == "attention":
+            shares = self.software.attention or self.machine.device.attention
+            if shares:
+                return share.flops / (self.machine.device.peak(self.precision) * shares[operation.phase] * _head_share(share.shape))
+        if operation.kind in ("matmul", "convolution") and share.shape:
+            return self.machine.device.matmul_seconds(self.precision, share.shape)
+        if operation.kind in ("matmul", "convolution", "attention"):
+            best = self.machine.device.matmul.best.get(self.precision, 1.0)
+            return share.flops / (self.machine.device.peak(self.precision) * best)
+        return 0.0
+
+    def exposed(self, exchange: Exchange, beside: float) -> float:
+        """Seconds of a collective that nothing hides, where so many seconds of computation run beside it."""
+        taken = seconds(exchange.kind, exchange.bytes, self.partition.group(exchange.axis), self.machine)
+        copied = self.software.overlap_tensor == "all"
+        return max(0.0, taken - beside) if copied or not beside else self.hidden(taken, 0.0, beside, exchange.axis)
+
+    def overlaps(self, exchange: Exchange, operation: Operation) -> bool:
+        """Whether a collective runs beside a product. Both products of a layer's backward pass wait for the gradient of its result."""
+        if exchange.axis != "tensor" or self.software.overlap_tensor != "independent":
+            return exchange.axis == "tensor" and self.software.overlap_tensor == "all"
+        waited = exchange.kind == ALL_GATHER and exchange.tensor.name not in self.forward_results
+        return operation.phase == "backward" and not waited
+
+    def updated(self) -> dict[str, float]:
+        """The optimiser's pass over the state of the fullest stage."""
+        device, total = self.machine.device, 0.0
+        for operation in self.program.operations:
+            if operation.phase == "update":
+                share = self.partition.of(operation)
+                slots = [self.program.tensors[name] for name in operation.inputs if self.program.tensors[name].role == "slot"]
+                split = min((self.partition.stored_bytes(slot) / self.partition.local_bytes(slot) for slot in slots), default=1.0)
+                nbytes = share.bytes * split * self.software.update_passes
+                once = self.measured.far_seconds("update", nbytes) if self.measured else nbytes / self.rate + device.operation_seconds
+                total += once * self.copies(operation.count)
+        return {"update": total}
+
+    def reduced(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Gradients that are partial sums, reduced over the axes that split what they sum over; hidden behind the backward pass."""
+        sums: dict[str, float] = {}
+        for operation, place in zip(self.program.operations, self.places):
+            if operation.phase == "backward" and (place != "first" or self.stages == 1):
+                for exchange in self.partition.of(operation).exchanges:
+                    if exchange.tensor.role == "gradient":
+                        nbytes = exchange.bytes * operation.steps * self.copies(operation.count)
+                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + nbytes
+        return {f"gradients {axis}": self.gradient_seconds(axis, nbytes, times) for axis, nbytes in sums.items()}
+
+    def gradient_seconds(self, axis: str, nbytes: float, times: Mapping[str, float]) -> float:
+        """Exposed seconds of reducing all gradients along an axis."""
+        summed = self.stages > 1 or self.software.sums_microbatches
+        each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
+        rounds = self.partition.turns if each_time else 1
+        buckets = self.buckets(nbytes)
+        one = self.state_seconds(axis, nbytes / buckets)
+        if self.software.overlap_gradients and axis == "data":
+            beside = _sum(times, "backward") / self.partition.turns * rounds
+            return self.hidden(one * buckets * rounds, one * rounds, beside * (1 - 1 / buckets), axis)
+        return one * buckets * rounds
+
+    def buckets(self, nbytes: float) -> int:
+        """Parts in which gradients are reduced or parameters gathered."""
+        if self.software.bucket_bytes:
+            return max(1, math.ceil(nbytes / self.software.bucket_bytes))
+        return self.copies(self.blocks)
+
+    def state_seconds(self, axis: str, nbytes: float) -> float:
+        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them."""
+        group = self.partition.group(axis)
+        if axis not in self.plan.store.values() or self.software.reduces_whole:
+            return seconds(ALL_REDUCE, nbytes, group, self.machine)
+        shards = self.partition.shards(axis)
+        across = Group(group.size // shards, group.stride * shards)
+        scattered = seconds(REDUCE_SCATTER, nbytes, Group(shards, group.stride), self.machine)
+        return scattered + seconds(ALL_REDUCE, nbytes / shards, across, self.machine)
+
+    def gathered(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Parameters that rest split: gathered after the update (ZeRO 1 and 2), or before each use (ZeRO 3)."""
+        axis = self.plan.store.get("slot")
+        if not axis:
+            return {}
+        parameters = [tensor for tensor in self.program.of_role("parameter") if self.partition.stored_parts(tensor, "slot") > 1]
+        nbytes = sum(self.partition.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
+        group = Group(self.partition.shards(axis), self.partition.group(axis).stride)
+        if self.plan.zero_stage < 3:
+            buckets = self.buckets(nbytes)
+            return {f"parameters {axis}": seconds(ALL_GATHER, nbytes / buckets, group, self.machine) * buckets}
+        blocks = self.copies(self.blocks)
+        one = seconds(ALL_GATHER, nbytes / blocks, group, self.machine)
+        return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
+
+    def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
+        """Exposed seconds of gathering the parameters of all blocks for one pass, `one` seconds a block."""
+        count = self.partition.turns
+        whole = one * blocks * count
+        return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
+
+    def hidden(self, taken: float, least: float, beside: float, axis: str) -> float:
+        """What is left of a collective that runs beside computation: its first or last part, what outlasts the computation, and the
+        processor time that it takes from it."""
+        inside, hosts = self.partition.group(axis).split(self.machine.devices_per_host)
+        share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))
+        left = max(least, taken - beside)
+        return left + (taken - left) * share
+
+    def memory(self) -> dict[str, float]:
+        """Bytes by part of the fullest stage."""
+        found = [
+            peak(self.program, self.partition.fullest, stage, reserved_bytes=self.machine.device.context_bytes)
+            for stage in self.stage_parts()
+        ]
+        parts = max(found, key=lambda part: sum(part.values()))
+        parts["communication"] = self.buffer_bytes()
+        parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
+        return parts
+
+    @cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """Blocks of the first, of the fullest middle and of the last stage. Where times depend on memory, stages are taken to be equal."""
+        each = math.ceil(self.blocks / self.stages)
+        if self.machine.device.curves:
+            return each, each, each
+        return self.cut({place: sum(self.microbatch(place).values()) for place in ("first", "blocks", "last")})
+
+    def stage_parts(self) -> list[Stage]:
+        """The stages that may hold most: all in one, or the first (as full as a middle one) and the last."""
+        operations = [operation for operation in self.program.operations if operation.phase != "update"]
+        if self.stages == 1:
+            return [Stage(operations=operations, block_share=1.0, in_flight=1)]
+        placed = [(operation, place) for operation, place in zip(self.program.operations, self.places) if operation.phase != "update"]
+        ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
+        first, middle, last = self.counts
+        most = min(self.partition.turns, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
+        shares = [count / self.blocks - 1e-9 for count in (max(first, middle), last)]  # whole numbers of blocks stay whole
+        return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (most, 1))]
+
+    def buffer_bytes(self) -> float:
+        """Blocks of parameters gathered ahead, and one block's gradients before they are scattered (ZeRO 3)."""
+        if self.plan.zero_stage < 3:
+            return 0.0
+        block = [tensor for tensor in self.program.of_role("parameter") if tensor.count > 1 or self.blocks == 1]
+        gathered = sum(self.partition.local_bytes(tensor) for tensor in block)
+        return (3 if self.software.prefetch else 2) * gathered
+
+
+def _head_share(shape: tuple[float, ...]) -> float:
+    """Fused attention against heads of 128: each score costs its products and about as much as 32 more for the exponential.
+
+    FlashAttention-2 on A100 (Dao 2023, figure 5): 190 TFLOP/s for heads of 64, 225 for 128.
+    """
+    head = shape[2] if shape else 128
+    return head / (head + 32) / 0.8
+
+
+def _places(program: Program) -> list[str]:
+    """Where each operation is: before the blocks, in one, or after them (in the backward pass the other way round)."""
+    places, passed, phase = [], False, ""
+    for operation in program.operations:
+        if operation.phase != phase:
+            passed, phase = False, operation.phase
+        passed = passed or operation.count > 1
+        after, before = ("last", "first") if phase == "forward" else ("first", "last")
+        places.append("blocks" if operation.count > 1 else after if passed else before)
+    return places
+
+
+def _sum(times: Mapping[str, float], phase: str) -> float:
+    words = ("backward", "recompute") if phase == "backward" else (phase,)
+    return sum(value for name, value in times.items() if name.startswith(words))
