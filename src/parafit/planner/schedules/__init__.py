@@ -1,4 +1,4 @@
-"""In which order does each device of a pipeline work? Schedules by name, each a pure function that gives a `Grid` of tasks. Plain Python."""
+"""In which order does each device of a pipeline work? Schedules by name, each a function that gives a `Grid` of tasks. Plain Python."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def make_grid(
         in_flight: results of stages that each device may keep for the backward pass, for a schedule that goes by it.
 
     Raises:
-        PlanError: the schedule is unknown, does not know several stages a device or cannot take as many microbatches; or a number means nothing.
+        PlanError: the schedule is unknown, has one stage a device, or cannot take that many microbatches; or a number means nothing.
 
     >>> make_grid("1f1b", devices=4, microbatches=16).in_flight
     (4, 3, 2, 1)
@@ -65,7 +65,7 @@ def make_grid(
             f"schedule {schedule!r} has one stage a device, so interleave={interleave} is not for it. Leave interleave out, or choose "
             f"{_names(filter(knows_interleave, SCHEDULES), ' or ')}."
         )
-    asked: dict[str, Any] = dict(devices=devices, microbatches=microbatches, interleave=interleave, times=times, in_flight=in_flight)
+    asked = {"devices": devices, "microbatches": microbatches, "interleave": interleave, "times": times, "in_flight": in_flight}
     return SCHEDULES[schedule](**{name: asked[name] for name in _parameters(schedule)})
 
 

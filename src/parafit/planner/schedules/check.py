@@ -9,8 +9,8 @@ from parafit.planner.schedules.grid import Grid, Task
 def check_schedule(grid: Grid) -> tuple[int, ...]:
     """Check that a grid runs every task once, in an order that ends.
 
-    Each stage's F follows that of the stage before, its B follows its F and the B of the stage behind, its W follows its B; devices run their
-    lists in order and wait for nothing that comes later.
+    Each stage's F follows that of the stage before, its B follows its F and the B of the stage behind, its W follows its B; devices run
+    their lists in order and wait for nothing that comes later.
 
     Args:
         grid: what each device runs.

@@ -20,6 +20,7 @@ def gpipe(*, devices: int, microbatches: int) -> Grid:
         kinds=WHOLE_BACKWARD,
         device_of=cyclic(devices, 1),
         tasks=tuple(
-            tuple(Task(kind, stage, microbatch) for kind in WHOLE_BACKWARD for microbatch in range(microbatches)) for stage in range(devices)
+            tuple(Task(kind, stage, microbatch) for kind in WHOLE_BACKWARD for microbatch in range(microbatches))
+            for stage in range(devices)
         ),
     )

@@ -1,6 +1,6 @@
 """A pipeline schedule as data: which task each device runs, in which order. Plain Python.
 
-A network is cut into stages; the batch into microbatches. Each stage does up to three tasks with each microbatch: F, the forward pass; B, the
+A network is cut into stages, a batch into microbatches. Each stage has up to three tasks for each microbatch: F, the forward pass; B, the
 gradient of the stage's input; W, the gradient of its weights. A schedule that does not split the backward pass has F and B alone, and its
 B computes both gradients.
 """
@@ -91,6 +91,16 @@ class Grid:
             return Task("B", stage + 1, microbatch)
         return None
 
+    def receiver(self, task: Task) -> int | None:
+        """The neighbouring stage that takes a task's result; None where there is none.
+
+        >>> grid = Grid(schedule="", microbatches=1, kinds=FORWARD, device_of=(0, 1), tasks=((Task("F", 0, 0),), (Task("F", 1, 0),)))
+        >>> grid.receiver(Task("F", 0, 0))
+        1
+        """
+        stage = task.stage + {"F": 1, "B": -1, "W": self.stages}[task.kind]
+        return stage if 0 <= stage < self.stages else None
+
     @cached_property
     def order(self) -> tuple[tuple[int, Task], ...]:
         """Every task with its device, each after all it needs and after those before it on its device.
@@ -102,7 +112,8 @@ class Grid:
         """
         rows = [iter(row) for row in self.tasks]
         heads = [next(row, None) for row in rows]
-        order, done, waiting, able = [], {None}, dict[Task, list[int]](), deque(range(self.devices))
+        order, done, able = list[tuple[int, Task]](), set[Task | None]([None]), deque(range(self.devices))
+        waiting: dict[Task | None, list[int]] = {}
         while able:
             device = able.popleft()
             while (task := heads[device]) is not None:
@@ -118,7 +129,7 @@ class Grid:
                 if task in waiting:
                     able.extend(waiting.pop(task))
         if waiting:
-            waits = sorted((device, needed) for needed, devices in waiting.items() for device in devices)
+            waits = sorted((device, str(needed)) for needed, devices in waiting.items() for device in devices)
             told = "; ".join(f"device {device} waits with {heads[device]} for {needed}" for device, needed in waits)
             raise PlanError(f"schedule {self.schedule!r} never ends: {told}.")
         return tuple(order)

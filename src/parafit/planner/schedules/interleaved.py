@@ -32,7 +32,8 @@ def interleaved(*, devices: int, microbatches: int, interleave: int) -> Grid:
         kinds=WHOLE_BACKWARD,
         device_of=cyclic(devices, interleave),
         tasks=tuple(
-            tuple(_row(device, devices, interleave, total, min(total, most))) for device, most in enumerate(most_in_flight(devices, interleave))
+            tuple(_row(device, devices, interleave, total, min(total, most)))
+            for device, most in enumerate(most_in_flight(devices, interleave))
         ),
     )
 
@@ -46,8 +47,8 @@ def check_divides(devices: int, microbatches: int) -> None:
     if rest := microbatches % devices:
         near = [number for number in (microbatches - rest, microbatches - rest + devices) if number]
         raise PlanError(
-            f"schedule 'interleaved' takes microbatches in groups of the pipeline's {devices} devices, and microbatches={microbatches} is no "
-            f"multiple. Nearest that {'are' if len(near) > 1 else 'is'}: {' and '.join(map(str, near))}."
+            f"schedule 'interleaved' takes microbatches in groups of the pipeline's {devices} devices, and microbatches={microbatches} is "
+            f"no multiple. Nearest that {'are' if len(near) > 1 else 'is'}: {' and '.join(map(str, near))}."
         )
 
 

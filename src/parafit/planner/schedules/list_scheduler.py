@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 
 from parafit.errors import PlanError
@@ -19,8 +20,8 @@ def list_schedule(
 ) -> Grid:
     """The fastest of the orders known and of two that are made here, by `simulate`, among those that keep to a memory limit.
 
-    The two, with the backward pass whole and split, are list schedules (Graham 1969, "Bounds on Multiprocessing Timing Anomalies"): whenever
-    a device is free it runs what is ready, B before F before W, and of one kind the earliest microbatch on the last stage.
+    The two, with the backward pass whole and split, are list schedules (Graham 1969, "Bounds on Multiprocessing Timing Anomalies"):
+    whenever a device is free it runs what is ready, B before F before W, and of one kind the earliest microbatch, on its last stage.
 
     Args:
         devices: how many.
@@ -98,7 +99,9 @@ class _Rows:
 
     def _choose(self, device: int, now: float) -> Task | None:
         for kind in sorted(self._empty.kinds):  # B, F, W
-            tasks = [task for task in self._following(kind, device) if self._ready(task, now) and (kind != "F" or self._has_room(task, device))]
+            tasks = [
+                task for task in self._following(kind, device) if self._ready(task, now) and (kind != "F" or self._has_room(task, device))
+            ]
             if tasks:
                 return min(tasks, key=lambda task: (task.microbatch, -task.stage))
         return None
@@ -112,14 +115,25 @@ class _Rows:
                 yield Task(kind, stage, microbatch)
 
     def _ready(self, task: Task, now: float) -> bool:
-        return self._arrived.get(self._empty.source(task), now + 1) <= now
+        return self._arrived.get(self._empty.source(task), math.inf) <= now
 
     def _has_room(self, task: Task, device: int) -> bool:
-        """Whether the earliest microbatch under way can still pass all of the device's stages once this result is kept, so that none waits for ever."""
+        """Whether all microbatches under way can still pass the device's stages, the earliest first, once one more result is kept.
+
+        Each needs room for the results to come of it and gives back all that are kept of it, so none waits for another for ever
+        (Dijkstra 1965, the banker's algorithm).
+        """
         stages = range(device, self._empty.stages, self._empty.devices)
-        earliest = min(self._next[self._empty.kinds[-1]][stage] for stage in stages)
-        to_come = sum(self._next["F"][stage] <= earliest for stage in stages) - (task.microbatch == earliest)
-        return self._held[device] + 1 + to_come <= self._limits[device]
+        forward, released = self._next["F"], self._next[self._empty.kinds[-1]]
+        room = self._limits[device] - self._held[device] - 1
+        for microbatch in range(min(released[stage] for stage in stages), max(forward[device], task.microbatch + 1)):
+            if room >= len(stages):
+                return True
+            passed = sum(forward[stage] > microbatch for stage in stages) + (microbatch == task.microbatch)
+            if room < len(stages) - passed:
+                return False
+            room += passed - sum(released[stage] > microbatch for stage in stages)
+        return True
 
     def _run(self, task: Task, device: int, now: float) -> Iterator[tuple[float, int]]:
         """Put a task into its row; when which devices shall look for what to do next."""
@@ -129,8 +143,8 @@ class _Rows:
         self._held[device] += (kind == "F") - (kind == self._empty.kinds[-1])
         self._free[device] = end = now + self._seconds[kind][stage]
         yield end, device
-        to = {"F": stage + 1, "B": stage - 1, "W": -1}[kind]
-        if 0 <= to < self._empty.stages:
+        to = self._empty.receiver(task)
+        if to is not None:
             neighbour = self._empty.device_of[to]
             self._arrived[task] = end + (self._send[min(stage, to)] if neighbour != device else 0.0)
             yield self._arrived[task], neighbour

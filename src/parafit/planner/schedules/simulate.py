@@ -1,7 +1,7 @@
 """When does each task of a schedule run, and how long do devices wait? Plain Python.
 
-A task starts when its device has done the one before, its input has arrived, and the process that drives the device has started it. A device
-sends and computes at once; what it sends to one other device goes one after the other. The idle share is
+A task starts when its device has done the one before, its input has arrived, and the process that drives the device has started it. A
+device sends and computes at once; what it sends to one other device goes one after the other. The idle share is
 
     idle share = 1 - seconds of tasks / (devices × makespan),
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import sub
 
+from parafit.errors import PlanError
 from parafit.planner.schedules.grid import Grid, Task
 from parafit.planner.schedules.times import TaskTimes
 
@@ -68,17 +69,18 @@ def simulate(grid: Grid, times: TaskTimes, *, processes: Sequence[int] | None = 
         processes: the process that drives each device, starting one task after the other in `dispatch_order`; by default each has its own.
 
     Raises:
-        PlanError: times are of another number of stages; or devices would wait for ever.
+        PlanError: times are of another number of stages, processes of another number of devices; or devices would wait for ever.
 
     >>> from parafit.planner.schedules.one_f_one_b import one_f_one_b
     >>> timeline = simulate(one_f_one_b(devices=4, microbatches=16), TaskTimes.equal(4))
     >>> timeline.makespan, round(timeline.idle_share, 3)
     (57.0, 0.158)
     """
+    processes = range(grid.devices) if processes is None else processes
+    if len(processes) != grid.devices:
+        raise PlanError(f"processes={tuple(processes)}: expected one for each of the {grid.devices} devices.")
     timeline = _run(grid, times, {})
-    if not times.host:
-        return timeline
-    return _run(grid, times, _started(timeline, times.host, processes or range(grid.devices)))
+    return _run(grid, times, _started(timeline, times.host, processes)) if times.host else timeline
 
 
 def _started(timeline: Timeline, host: float, processes: Sequence[int]) -> dict[Task, float]:
@@ -93,7 +95,7 @@ def _started(timeline: Timeline, host: float, processes: Sequence[int]) -> dict[
 
 def _run(grid: Grid, times: TaskTimes, started: Mapping[Task, float]) -> Timeline:
     seconds, device_of = times.of(grid), grid.device_of
-    starts, ends = [[[] for _ in grid.tasks] for _ in "se"]
+    starts, ends = ([[] for _ in grid.tasks] for _ in range(2))
     free, links, arrived = [0.0] * grid.devices, defaultdict[tuple[int, int], float](float), dict[Task | None, float]()
     for device, task in grid.order:
         kind, stage, _ = task
@@ -101,8 +103,8 @@ def _run(grid: Grid, times: TaskTimes, started: Mapping[Task, float]) -> Timelin
         free[device] = end = start + seconds[kind][stage]
         starts[device].append(start)
         ends[device].append(end)
-        to = {"F": stage + 1, "B": stage - 1, "W": -1}[kind]
-        if 0 <= to < grid.stages and device_of[to] != device:
+        to = grid.receiver(task)
+        if to is not None and device_of[to] != device:
             link = (device, device_of[to])
             links[link] = end = max(end, links[link]) + times.send[min(stage, to)]
         arrived[task] = end
