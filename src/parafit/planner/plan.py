@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from parafit.errors import PlanError
+from parafit.planner.schedules import SCHEDULES
 from parafit.support.arguments import did_you_mean
 
 AXES = {"data": "batch", "tensor": "inner", "pipeline": "blocks"}
@@ -26,7 +27,12 @@ RECOMPUTE = ("none", "blocks")
 
 PRECISIONS = ("float32", "bfloat16")
 
-_CHOICES = ("zero", "store_group", "microbatches", "recompute", "precision", "interleave")
+STATISTICS = ("batch", "microbatch")
+"""Of which rows a layer that ties rows together, such as BatchNorm, takes its statistics."""
+
+_TEXT_CHOICES = {"recompute": RECOMPUTE, "precision": PRECISIONS, "schedule": tuple(SCHEDULES), "statistics": STATISTICS}
+
+_CHOICES = ("zero", "store_group", "microbatches", "interleave", *_TEXT_CHOICES)
 
 _WORDS = ("auto", "single", *AXES, *_CHOICES)
 
@@ -49,6 +55,8 @@ class Plan:
         recompute: "none", or "blocks": activations inside blocks are computed again in the backward pass.
         precision: "float32", or "bfloat16": operands of float32 products and convolutions; results, state and all else stay float32.
         interleave: chunks of the model per pipeline stage (1F1B with virtual stages).
+        schedule: one of `parafit.planner.schedules.SCHEDULES`, of a plan with a pipeline.
+        statistics: "batch", or "microbatch": layers that tie the rows of a batch, such as BatchNorm, tie those of a microbatch.
 
     Raises:
         PlanError: an axis parafit does not know, a size that is not a whole number of at least 2, or an
@@ -73,6 +81,8 @@ class Plan:
     recompute: str = "none"
     precision: str = "float32"
     interleave: int = 1
+    schedule: str = "1f1b"
+    statistics: str = "batch"
     ranking: ClassVar[Any] = None  # of a plan that a search found: the `Ranking` it is the best of; no part of the plan itself
 
     def __post_init__(self):
@@ -115,7 +125,7 @@ class Plan:
         """The plan written as `"data=8"`; `"single"` is one device.
 
         Beside the axes: `zero=1|2|3` (split optimiser slots, gradients, parameters over the data axis), `microbatches=4`,
-        `recompute=blocks`, `precision=bfloat16`, `interleave=2`, `store_group=8`.
+        `recompute=blocks`, `precision=bfloat16`, `interleave=2`, `schedule=zb-h1`, `statistics=microbatch`, `store_group=8`.
 
         Raises:
             PlanError: the text is not `NAME=VALUE` pairs separated by commas, or names something a plan does not have.
@@ -148,7 +158,7 @@ class Plan:
         numbers: dict[str, Any] = {
             name: _whole(text, name, fields.pop(name)) for name in ("store_group", "microbatches", "interleave") if name in fields
         }
-        words: dict[str, Any] = {name: fields.pop(name) for name in ("recompute", "precision") if name in fields}
+        words: dict[str, Any] = {name: fields.pop(name) for name in _TEXT_CHOICES if name in fields}
         axes = {axis: _size(text, axis, size) for axis, size in fields.items()}
         return cls(axes=axes, compute={AXES[axis]: axis for axis in axes}, store=dict.fromkeys(STORED[:zero], "data"), **numbers, **words)
 
@@ -249,7 +259,7 @@ def _check_choices(plan: Plan) -> None:
     for axis in set(plan.store.values()) if plan.store_group else ():
         if plan.axes[axis] % plan.store_group:
             raise PlanError(f"store_group={plan.store_group} does not divide axis {axis}={plan.axes[axis]}. Choose a number that does.")
-    for name, known in (("recompute", RECOMPUTE), ("precision", PRECISIONS)):
+    for name, known in _TEXT_CHOICES.items():
         if getattr(plan, name) not in known:
             raise PlanError(
                 f"{name}={getattr(plan, name)!r}: choose one of {_names(known)}." + did_you_mean(str(getattr(plan, name)), known)
