@@ -45,7 +45,12 @@ class Pipeline:
         return times
 
     def stage_times(self, parts: dict[str, dict[str, float]], hops: Sequence[float]) -> list[dict[str, float]]:
-        """Seconds by part of one microbatch on the first, the last and a middle stage."""
+        """Seconds by part of one microbatch on the first, the last and a middle stage.
+
+        Args:
+            parts: seconds of a microbatch by place ("first", "blocks", "last") and by part; those in "blocks" are of one block.
+            hops: seconds that a microbatch takes from each stage to the next.
+        """
         totals = {place: sum(times.values()) for place, times in parts.items()}
         if self.stages == 1:
             return [merge(merge(_times(parts["blocks"], self.blocks), parts["first"]), parts["last"])]
