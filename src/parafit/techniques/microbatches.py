@@ -14,7 +14,7 @@ from parafit.errors import PlanError
 from parafit.placement import Placement
 from parafit.planner.layout import pieces
 from parafit.planner.plan import Plan
-from parafit.techniques.shares import Kind, NoShare, Share, flat, share
+from parafit.techniques.shares import Kind, NoShareError, Share, flat, share
 from parafit.tracing.trace import shapes_of
 
 _MEAN_TOLERANCE = 1e-3
@@ -40,7 +40,7 @@ class PartLoss:
         why: what ties its rows together, "" where nothing does.
 
     Raises:
-        NoShare: it is another program for some rows than for all.
+        NoShareError: it is another program for some rows than for all.
     """
 
     def __init__(self, loss: Callable, state: State, batch: Any, some: int):
@@ -98,46 +98,43 @@ def part_losses(step: Step, batch: Any, plan: Plan) -> list[PartLoss]:
         PlanError: the batch cannot be cut so that it means the same; why.
     """
     assert step.parts
-    losses, reason = _losses(step, step.parts, batch, plan)
-    if reason:
-        mend = "" if plan.statistics == "microbatch" or not step.parts.couples else ", or add statistics=microbatch, which allows just that"
-        raise PlanError(
-            f"plan {plan.short()!r}: a batch of this model cannot be cut into microbatches: {reason}. Leave microbatches out of the "
-            f"plan{mend}; recompute=blocks and zero= save memory as well."
-        )
+    lengths = sorted({leaf.shape[:1] for leaf in jax.tree.leaves(batch)})
+    if step.parts.follows:
+        raise _refusal(plan, step.parts.follows)
+    if len(lengths) > 1:
+        told = ", ".join(str(*length) or "none" for length in lengths)
+        raise _refusal(plan, f"its arrays have different numbers of rows ({told})")
+    try:
+        losses = [PartLoss(step.parts.loss, step.read(), batch, int(piece.rows)) for piece in pieces(rows_of(batch), plan)]
+    except NoShareError as error:
+        raise _refusal(plan, str(error)) from error
+    for variable, kind in zip(step.variables.others, losses[0].others):
+        if kind.of == "rows":
+            raise _refusal(plan, f"variable {variable.path!r} holds something of every row")
+    if plan.statistics == "batch" and (reason := _why_tied(losses[0], step, step.parts, batch)):
+        raise _refusal(plan, reason, instead=", or add statistics=microbatch, for each microbatch to be to them what a batch is")
     return losses
 
 
-def _losses(step: Step, parts: Parts, batch: Any, plan: Plan) -> tuple[list[PartLoss], str]:
-    """The losses of microbatches, or why there are none: by what is known of the layers, by their traces, and by trying it."""
-    lengths = sorted({leaf.shape[:1] for leaf in jax.tree.leaves(batch)})
-    if reason := parts.follows or (plan.statistics == "batch" and parts.couples):
-        return [], reason
-    if len(lengths) > 1:
-        return [], f"its arrays have different numbers of rows ({', '.join(str(*length) or 'none' for length in lengths)})"
-    state = step.read()
-    try:
-        losses = [PartLoss(parts.loss, state, batch, int(piece.rows)) for piece in pieces(rows_of(batch), plan)]
-    except NoShare as error:
-        return [], str(error)
-    reason = next((reason for loss in losses if (reason := _why_not_kept(loss, step, plan))), "")
-    if not reason and plan.statistics == "batch":
-        reason = _why_not_mean(parts.loss, state, batch, losses[0].loss.why)
-    return losses, reason
+def _refusal(plan: Plan, reason: str, instead: str = "") -> PlanError:
+    return PlanError(
+        f"plan {plan.short()!r}: a batch of this model cannot be cut into microbatches: {reason}. Leave microbatches out of the plan"
+        f"{instead}; recompute=blocks and zero= save memory as well."
+    )
 
 
-def _why_not_kept(loss: PartLoss, step: Step, plan: Plan) -> str:
-    """Why variables or measures would not be those of the whole batch."""
+def _why_tied(loss: PartLoss, step: Step, parts: Parts, batch: Any) -> str:
+    """Why rows of a batch are not independent: by what is known of the layers, by the traces, and by trying it."""
+    if parts.couples:
+        return parts.couples
     for variable, kind in zip(step.variables.others, loss.others):
-        if kind.of == "rows":
-            return f"variable {variable.path!r} holds something of every row"
-        if plan.statistics == "batch" and (kind.of == "own" or kind.why):
+        if kind.of == "own" or kind.why:
             return f"variable {variable.path!r} is made of all rows of a batch together ({kind.why})"
-    measures = loss.predictions if isinstance(loss.predictions, dict) else {}
-    for name, kind in measures.items():
-        if plan.statistics == "batch" and isinstance(kind, Kind) and kind.of == "own":
-            return f"{name!r} is no mean or sum over the rows ({kind.why})"
-    return ""
+    if isinstance(loss.predictions, dict):
+        for name, kind in loss.predictions.items():
+            if isinstance(kind, Kind) and kind.of == "own":
+                return f"{name!r} is no sum or mean over the rows ({kind.why})"
+    return _why_not_mean(parts.loss, step.read(), batch, loss.loss.why)
 
 
 def _why_not_mean(loss: Callable, state: State, batch: Any, told: str) -> str:
@@ -156,7 +153,7 @@ def _why_not_mean(loss: Callable, state: State, batch: Any, told: str) -> str:
         try:
             halves = halves or _halves(loss, state, rows)
             both, together = float(whole(state.weights, state, rows)[0]), float(halves(state, rows))
-        except NoShare:
+        except NoShareError:
             return ""  # of few rows it is another program, which says nothing of the batch
         except (TypeError, ValueError) as error:
             return f"it takes {rows_of(batch)} rows only ({(str(error).splitlines() or [''])[0].rstrip('.')})"
@@ -172,8 +169,8 @@ def _halves(loss: Callable, state: State, rows: Any) -> Callable:
     @jax.jit
     def together(state, rows):
         known, numbers = part.known(state, rows), jnp.arange(_TRIED, dtype=jnp.int32)
-        cut = [jax.tree.map(lambda array: array[place] if array.ndim else array, (rows, numbers)) for place in np.s_[:2, 2:]]
-        return sum(part(state.weights, state, *half, known)[0] for half in cut)
+        halves = (jax.tree.map(lambda array: array[place] if array.ndim else array, (rows, numbers)) for place in np.s_[:2, 2:])  # noqa: B023
+        return sum(part(state.weights, state, *half, known)[0] for half in halves)
 
     return together
 

@@ -24,7 +24,7 @@ from parafit.tracing.scopes import layer_of
 from parafit.tracing.trace import jaxpr_of
 
 
-class NoShare(Exception):
+class NoShareError(Exception):
     """Why microbatches have no share in a loss."""
 
 
@@ -77,7 +77,7 @@ def share(whole: ClosedJaxpr, part: ClosedJaxpr, *, weights: int, rows: int, som
         some: rows of the part.
 
     Raises:
-        NoShare: the two are not the same program; why.
+        NoShareError: the two are not the same program; why.
     """
     reading = _Reading(whole, part, weights=weights, rows=rows, some=some)
     return Share(kinds=reading.results, needs=_needed(whole, reading.known), run=reading.run)
@@ -219,17 +219,25 @@ class _Reading:
         joined = _joined(kinds)
         if differing := _differing(ours, partner):
             why = joined.why or self._why_tied(turn.equation, theirs, ours, partner, differing)
+            self._count_again(turn, theirs, place, 0)
             return replace(joined, of="rows", why=why)
         if joined.of != "rows":
             return joined
         if _sums(turn.equation):
             if turn.equation.primitive.name.startswith("scatter") and kinds[0].of != "rows":
                 self._scale(turn, 0)
+            self._count_again(turn, theirs, place, 1)
             return replace(joined, of="sum")
         if not joined.learned:
             turn.results[place] = self._of_whole(partner)
             return Kind("same", why=joined.why)
         return replace(joined, of="own", why=joined.why or _tied(turn.equation, "reduces all rows"))
+
+    def _count_again(self, turn: _Turn, theirs: JaxprEqn, place: int, once: int) -> None:
+        """Rows that were compared with each other are summed more than once: over rows that a whole batch has more of."""
+        times = _summed_dims(turn.equation, theirs) - once
+        if times > 0:
+            turn.results[place] = lambda value, given: _times(value, (self._rows / self._some) ** times)
 
     def _why_tied(self, ours: JaxprEqn, theirs: JaxprEqn, result: Var, partner: Var, differing: list[int]) -> str:
         """Why rows of a result depend on other rows, as far as the shapes tell."""
@@ -321,11 +329,11 @@ def _pairs(part: Jaxpr, whole: Jaxpr) -> Iterator[tuple[JaxprEqn, JaxprEqn | Non
         while place < len(theirs) and theirs[place].primitive.name in _SHAPING:
             place += 1
         if place == len(theirs) or theirs[place].primitive.name != name:
-            raise NoShare("what it computes depends on how many rows a batch has")
+            raise NoShareError("what it computes depends on how many rows a batch has")
         yield ours, theirs[place]
         place += 1
     if any(equation.primitive.name not in _SHAPING for equation in theirs[place:]):
-        raise NoShare("what it computes depends on how many rows a batch has")
+        raise NoShareError("what it computes depends on how many rows a batch has")
 
 
 def _joined(kinds: Sequence[Kind]) -> Kind:
@@ -335,6 +343,15 @@ def _joined(kinds: Sequence[Kind]) -> Kind:
 
 def _sums(equation: JaxprEqn) -> bool:
     return equation.primitive.name in ("reduce_sum", "dot_general", "scatter-add", "scatter_add")
+
+
+def _summed_dims(ours: JaxprEqn, theirs: JaxprEqn) -> int:
+    """How many dimensions of rows are summed over."""
+    if ours.primitive.name not in ("reduce_sum", "dot_general"):
+        return 0
+    params = ours.params
+    summed = params["axes"] if ours.primitive.name == "reduce_sum" else params["dimension_numbers"][0][0]
+    return len(set(summed) & set(_differing(ours.invars[0], theirs.invars[0])))
 
 
 def _floats(equation: JaxprEqn) -> bool:
@@ -416,11 +433,8 @@ def _drawing(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable
         return lambda operands, given: jax.lax.switch(
             operands[0], [lambda *values, form=form: form(values, given) for form in forms], *operands[1:]
         )
-    raise NoShare(
-        f"{_tied(ours, 'draws random numbers for all rows of a batch')}, again and again until all have what they need"
-        if name == "while"
-        else _tied(ours, "draws random numbers for all rows of a batch in a function of its own kind")
-    )
+    again = ", again and again until all have what they need" if ours.primitive.name == "while" else ""
+    raise NoShareError(_tied(ours, f"draws random numbers for all rows of a batch{again}"))
 
 
 def _scanning(equation: JaxprEqn, loop: Any, body: Callable) -> Callable:
@@ -463,12 +477,11 @@ def _drawn(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable:
     shape, whole = ours.params["shape"], theirs.params["shape"]
     differing = [dim for dim, (one, other) in enumerate(zip(shape, whole)) if one != other]
     if (
-        len(differing) != 1
-        or len(shape) != len(whole)
-        or whole[differing[0]] * some != shape[differing[0]] * rows
-        or whole[differing[0]] % rows
+        len(shape) != len(whole)
+        or len(differing) != 1
+        or any(whole[dim] * some != shape[dim] * rows or whole[dim] % rows for dim in differing)
     ):
-        raise NoShare(_tied(ours, f"draws {whole} random numbers for {rows} rows, of which {shape} for {some} rows are no part"))
+        raise NoShareError(_tied(ours, f"draws {whole} random numbers for {rows} rows and {shape} for {some} of them"))
     (dim,) = differing
     if ours.primitive.name == "random_bits" and ours.invars[0].aval.ndim == 0:
         width = ours.params["bit_width"]
