@@ -5,12 +5,18 @@ other generators all rows are drawn, and some are kept.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.extend.random import threefry2x32_p
+
+from parafit.support.jaxprs import opened, read_branches, read_scan
+from parafit.techniques.traces import NoShareError, closed_of, pairs, run_equation, tied, value_of
 
 
 def bits_of_rows(key: jax.Array, numbers: jax.Array, *, shape: tuple[int, ...], dim: int, rows: int, bit_width: int) -> jax.Array:
@@ -60,3 +66,114 @@ def _bits(key: jax.Array, counts: jax.Array, bit_width: int) -> jax.Array:
     if bit_width < 64:
         return (high ^ low).astype(f"uint{bit_width}")
     return high.astype("uint64") << 32 | low.astype("uint64")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a microbatch is told: its row numbers, and values of the whole batch."""
+
+    numbers: jax.Array
+    known: Sequence[Any]
+
+
+def draws_differ(ours: JaxprEqn, theirs: JaxprEqn) -> bool:
+    """Whether an equation draws, at any depth, other numbers for a part than for the whole."""
+    if ours.primitive.name in _DRAWS:
+        return ours.params["shape"] != theirs.params["shape"]
+    return any(draws_differ(one, other) for one, other in _inner_pairs(ours, theirs) if other is not None)
+
+
+def _inner_pairs(ours: JaxprEqn, theirs: JaxprEqn) -> Iterator[tuple[JaxprEqn, JaxprEqn | None]]:
+    for one, other in zip(_inner(ours), _inner(theirs)):
+        if any(equation.primitive.name in _DRAWS or _inner(equation) for equation in one.eqns):
+            yield from pairs(one, other)
+
+
+def _inner(equation: JaxprEqn) -> list[Jaxpr]:
+    values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: isinstance(value, Jaxpr | ClosedJaxpr))
+    return [opened(value)[0] for value in values if isinstance(value, Jaxpr | ClosedJaxpr)]
+
+
+def drawing(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable:
+    """`(operands, given) -> results` of an equation whose draws are rows of the whole batch's."""
+    name = ours.primitive.name
+    if name in _DRAWS:
+        return _drawn(ours, theirs, rows, some)
+    if name in CALLS:
+        inner = _redrawn(_body(ours), _body(theirs), rows, some)
+        return lambda operands, given: inner(operands, given)
+    if name in ("checkpoint", "remat", "remat2"):
+        inner, params = _redrawn(_body(ours), _body(theirs), rows, some), ours.params
+        options = {"prevent_cse": params.get("prevent_cse", True), "policy": params.get("policy")}
+        return lambda operands, given: jax.checkpoint(lambda *values: inner(values, given), **options)(*operands)
+    if (loop := read_scan(ours)) is not None and loop.length == theirs.params["length"]:
+        return _scanning(ours, loop, _redrawn(closed_of(loop.body), _body(theirs), rows, some))
+    if branches := read_branches(ours):
+        forms = [_redrawn(closed_of(one), closed_of(other), rows, some) for one, other in zip(branches, read_branches(theirs))]
+        return lambda operands, given: jax.lax.switch(
+            operands[0], [lambda *values, form=form: form(values, given) for form in forms], *operands[1:]
+        )
+    again = ", again and again until all have what they need" if ours.primitive.name == "while" else ""
+    raise NoShareError(tied(ours, f"draws random numbers for all rows of a batch{again}"))
+
+
+def _scanning(equation: JaxprEqn, loop: Any, body: Callable) -> Callable:
+    def form(operands, given):
+        fixed, rest = operands[: loop.fixed], operands[loop.fixed :]
+
+        def turn(carry, slices):
+            results = body([*fixed, *carry, *slices], given)
+            return results[: loop.carried], results[loop.carried :]
+
+        options = {"length": loop.length, "reverse": equation.params["reverse"], "unroll": equation.params["unroll"]}
+        carry, collected = jax.lax.scan(turn, list(rest[: loop.carried]), list(rest[loop.carried :]), **options)
+        return [*carry, *collected]
+
+    return form
+
+
+def _body(equation: JaxprEqn) -> ClosedJaxpr:
+    return closed_of(equation.params.get("jaxpr", equation.params.get("call_jaxpr")))
+
+
+def _redrawn(part: ClosedJaxpr, whole: ClosedJaxpr, rows: int, some: int) -> Callable:
+    """`(operands, given) -> results` of a jaxpr, its draws rows of the whole batch's."""
+    forms = [
+        (ours, drawing(ours, theirs, rows, some) if theirs is not None and draws_differ(ours, theirs) else None)
+        for ours, theirs in pairs(part.jaxpr, whole.jaxpr)
+    ]
+
+    def run(operands, given):
+        values: dict[Any, Any] = dict(zip((*part.jaxpr.constvars, *part.jaxpr.invars), (*part.consts, *operands)))
+        for equation, form in forms:
+            read = [value_of(values, var) for var in equation.invars]
+            values.update(zip(equation.outvars, form(read, given) if form else run_equation(equation, read)))
+        return [value_of(values, var) for var in part.jaxpr.outvars]
+
+    return run
+
+
+def _drawn(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable:
+    shape, whole = ours.params["shape"], theirs.params["shape"]
+    differing = [dim for dim, (one, other) in enumerate(zip(shape, whole)) if one != other]
+    if (
+        len(shape) != len(whole)
+        or len(differing) != 1
+        or any(whole[dim] * some != shape[dim] * rows or whole[dim] % rows for dim in differing)
+    ):
+        raise NoShareError(tied(ours, f"draws {whole} random numbers for {rows} rows and {shape} for {some} of them"))
+    (dim,) = differing
+    if ours.primitive.name == "random_bits" and ours.invars[0].aval.ndim == 0:
+        width = ours.params["bit_width"]
+        return lambda operands, given: [bits_of_rows(operands[0], given.numbers, shape=whole, dim=dim, rows=rows, bit_width=width)]
+    axis = ours.invars[0].aval.ndim + dim
+    equation = theirs
+
+    def form(operands, given):
+        (drawn,) = run_equation(equation, operands)
+        return [jnp.take(drawn, places_of_rows(given.numbers, whole[dim] // rows), axis=axis)]
+
+    return form
+
+
+_DRAWS = ("random_bits", "random_split")
