@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.extend.random import threefry2x32_p
 
 from parafit.support.jaxprs import opened, read_branches, read_scan
-from parafit.techniques.traces import NoShareError, closed_of, pairs, run_equation, tied, value_of
+from parafit.techniques.traces import CALLS, NoShareError, closed_of, pairs, run_equation, tied, value_of
 
 
 def bits_of_rows(key: jax.Array, numbers: jax.Array, *, shape: tuple[int, ...], dim: int, rows: int, bit_width: int) -> jax.Array:
@@ -61,8 +61,7 @@ def _counts(places: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
 
 def _bits(key: jax.Array, counts: jax.Array, bit_width: int) -> jax.Array:
     words = jax.random.key_data(key)
-    first, second = (jnp.broadcast_to(word, counts.shape) for word in words)
-    high, low = threefry2x32_p.bind(first, second, jnp.zeros_like(counts), counts)
+    high, low = threefry2x32_p.bind(words[0], words[1], jnp.zeros_like(counts), counts)
     if bit_width < 64:
         return (high ^ low).astype(f"uint{bit_width}")
     return high.astype("uint64") << 32 | low.astype("uint64")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Var, jaxpr_as_fun
 
+from parafit import backends
 from parafit.adapters.step import Parts, State, Step
 from parafit.errors import PlanError
 from parafit.placement import Placement
@@ -16,7 +17,7 @@ from parafit.planner.layout import pieces
 from parafit.planner.plan import Plan
 from parafit.techniques.shares import Kind, Share, share
 from parafit.techniques.traces import NoShareError, flat
-from parafit.tracing.trace import shapes_of
+from parafit.tracing.trace import jaxpr_of, shapes_of
 
 _MEAN_TOLERANCE = 1e-3
 """Rounding in float32 through a deep network stays below this; a loss that ties rows is off by more."""
@@ -147,13 +148,13 @@ def _why_not_mean(loss: Callable, state: State, batch: Any, told: str) -> str:
         batch: shapes.
         told: what the traces say of it.
     """
-    halves, whole = None, jax.jit(loss)
+    compare = None
     for seed in range(_TRIES):
         numbers = np.random.default_rng(seed)
         rows = jax.tree.map(lambda leaf: _some_rows(leaf, numbers), batch)  # noqa: B023  (called at once)
         try:
-            halves = halves or _halves(loss, state, rows)
-            both, together = float(whole(state.weights, state, rows)[0]), float(halves(state, rows))
+            compare = compare or _comparing(loss, state, rows)
+            both, together = map(float, compare(*jax.tree.leaves((state, rows))))
         except NoShareError:
             return ""  # of few rows it is another program, which says nothing of the batch
         except (TypeError, ValueError) as error:
@@ -164,19 +165,23 @@ def _why_not_mean(loss: Callable, state: State, batch: Any, told: str) -> str:
     return ""
 
 
-def _halves(loss: Callable, state: State, rows: Any) -> Callable:
+def _comparing(loss: Callable, state: State, rows: Any) -> Callable:
+    """The loss of a few rows, and that of its halves together, compiled quickly: a function of the flat state and rows."""
     part = PartLoss(loss, state, rows, _TRIED // 2)
 
-    @jax.jit
-    def together(state, rows):
+    def losses(state, rows):
         known, numbers = part.known(state, rows), jnp.arange(_TRIED, dtype=jnp.int32)
-        total = jnp.float32(0)
-        for half in (slice(None, _TRIED // 2), slice(_TRIED // 2, None)):
-            some = jax.tree.map(lambda array: array[half] if array.ndim else array, rows)  # noqa: B023  (called at once)
-            total += part(state.weights, state, some, numbers[half], known)[0]
-        return total
+        halves = jax.tree.map(lambda array: array.reshape(2, _TRIED // 2, *array.shape[1:]), (rows, numbers))
+        shares = jax.lax.map(lambda half: part(state.weights, state, *half, known)[0], halves)
+        return loss(state.weights, state, rows)[0], shares.sum()
 
-    return together
+    backend, (closed, _) = backends.current(), jaxpr_of(losses, *shapes_of((state, rows)))
+    options = backend.compiler_options(closed, seldom=True)
+    program = jax.jit(jaxpr_as_fun(backend.rewrite(closed)))
+    with backend.compiling():
+        return backend.compile(
+            program.lower(*(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in closed.jaxpr.invars)), options
+        )
 
 
 def _some_rows(leaf: Any, numbers: np.random.Generator) -> Any:
