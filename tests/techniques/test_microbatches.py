@@ -1,6 +1,7 @@
 """Microbatches mean what their batch means: its random numbers, its sums and means, its weights and masks."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,9 @@ TOKENS = rng.integers(0, 4, (ROWS, 6)).astype("int32")
 LABELS = rng.integers(0, 3, ROWS).astype("int32")
 
 
-def classifier(x, *hidden, loss="sparse_categorical_crossentropy", dtype=None, **options):
-    model = keras.Sequential([keras.Input(x.shape[1:], dtype=dtype), *hidden, layers.Flatten(), layers.Dense(3, "softmax")])
-    model.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"], **options)
+def classifier(x, *hidden, loss: Any = "sparse_categorical_crossentropy"):
+    model = keras.Sequential([keras.Input(x.shape[1:]), *hidden, layers.Flatten(), layers.Dense(3, "softmax")])
+    model.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
     return model, x, LABELS
 
 
@@ -40,6 +41,8 @@ def attentive():
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model, SEQUENCES, LABELS
 
+
+LAYOUTS = ("data=2", "data=2,tensor=2", "data=2,zero=1", "recompute=blocks", "data=4,zero=2,recompute=blocks")
 
 RANDOM = {
     "dropout": lambda: classifier(VECTORS, layers.Dense(16, "relu"), layers.Dropout(0.4, seed=1), layers.Dropout(0.2, seed=2)),
@@ -58,11 +61,15 @@ RANDOM = {
 }
 
 
-def trained(make, plan, batch_size=8, **options):
+def chosen(names, quick):
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+def trained(make, plan, **options: Any):
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(3)
     model, x, y = make()
-    history = parafit.fit(model, x, y, plan=plan, batch_size=batch_size, epochs=2, verbose=0, **options).history
+    history = parafit.fit(model, x, y, plan=plan, batch_size=8, epochs=2, verbose=0, **options).history
     variables = (*model.variables, *model.optimizer.variables)
     return [np.asarray(value) for value in history.values()] + [np.asarray(variable) for variable in variables]
 
@@ -78,13 +85,13 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", chosen(RANDOM, {"dropout", "attention", "flips"}))
 def test_random_layers_draw_the_rows_of_the_whole_batch(name):
     assert_same(trained(RANDOM[name], "microbatches=3"), alone(RANDOM[name]))
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("plan", ["data=2", "data=2,tensor=2", "data=2,zero=1", "recompute=blocks", "data=4,zero=2,recompute=blocks"])
+@pytest.mark.parametrize("plan", chosen(LAYOUTS, {"data=2", "recompute=blocks"}))
 def test_random_layers_on_other_layouts(plan):
     assert_same(trained(RANDOM["dropout"], plan + ",microbatches=2"), alone(RANDOM["dropout"]))
 
@@ -108,8 +115,8 @@ def adding():
     return model, VECTORS, LABELS
 
 
-def summing(reduction, **options):
-    return lambda: classifier(VECTORS, layers.Dense(8), loss=keras.losses.SparseCategoricalCrossentropy(reduction=reduction), **options)
+def summing(reduction):
+    return lambda: classifier(VECTORS, layers.Dense(8), loss=keras.losses.SparseCategoricalCrossentropy(reduction=reduction))
 
 
 def masked():
@@ -152,7 +159,7 @@ WEIGHED = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", chosen(WEIGHED, {"masked", "several"}))
 def test_sums_masks_and_penalties_weigh_what_they_weigh_in_the_batch(name):
     assert_same(trained(WEIGHED[name], "data=2,microbatches=3"), alone(WEIGHED[name]))
 
@@ -228,7 +235,7 @@ def flax(draw, plan, loss=entropy, batch_size=8):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", chosen(DRAWS, {across, in_scan}))
 def test_flax_modules_draw_the_rows_of_the_whole_batch(draw):
     assert_same(flax(draw, "data=2,microbatches=2"), flax(draw, "single"))
 
@@ -324,7 +331,7 @@ def test_batch_statistics_are_refused_by_default():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("plan", ["data=2", "data=4,zero=1", "data=2,tensor=2", "recompute=blocks"])
+@pytest.mark.parametrize("plan", chosen(LAYOUTS, {"data=2"}))
 def test_statistics_of_microbatches_do_not_depend_on_the_layout(plan):
     words = ",microbatches=3,statistics=microbatch"
     assert_same(trained(batch_normalised, plan + words), alone(batch_normalised, words[1:]))

@@ -36,9 +36,9 @@ def bits_of_rows(key: jax.Array, numbers: jax.Array, *, shape: tuple[int, ...], 
     True
     """
     places = places_of_rows(numbers, shape[dim] // rows)
-    counted = str(key.dtype) == "key<fry>" and key.shape == () and jax.config.jax_threefry_partitionable
+    counted = str(key.dtype) == "key<fry>" and jax.config.jax_threefry_partitionable
     if not counted or math.prod(shape) >= 2**32:
-        drawn = jax.random.bits(key, (*key.shape, *shape)[key.ndim :], f"uint{bit_width}")
+        drawn = jax.random.bits(key, shape, f"uint{bit_width}")
         return jnp.take(drawn, places, axis=dim)
     return _bits(key, _counts(places, shape, dim), bit_width)
 
@@ -99,8 +99,7 @@ def drawing(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable:
     if name in _DRAWS:
         return _drawn(ours, theirs, rows, some)
     if name in CALLS:
-        inner = _redrawn(_body(ours), _body(theirs), rows, some)
-        return lambda operands, given: inner(operands, given)
+        return _redrawn(_body(ours), _body(theirs), rows, some)
     if name in ("checkpoint", "remat", "remat2"):
         inner, params = _redrawn(_body(ours), _body(theirs), rows, some), ours.params
         options = {"prevent_cse": params.get("prevent_cse", True), "policy": params.get("policy")}
@@ -112,7 +111,7 @@ def drawing(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable:
         return lambda operands, given: jax.lax.switch(
             operands[0], [lambda *values, form=form: form(values, given) for form in forms], *operands[1:]
         )
-    again = ", again and again until all have what they need" if ours.primitive.name == "while" else ""
+    again = ", again and again until all have what they need" if name == "while" else ""
     raise NoShareError(tied(ours, f"draws random numbers for all rows of a batch{again}"))
 
 

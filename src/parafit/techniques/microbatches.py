@@ -172,7 +172,7 @@ def _comparing(loss: Callable, state: State, rows: Any) -> Callable:
     def losses(state, rows):
         known, numbers = part.known(state, rows), jnp.arange(_TRIED, dtype=jnp.int32)
         halves = jax.tree.map(lambda array: array.reshape(2, _TRIED // 2, *array.shape[1:]), (rows, numbers))
-        shares = jax.lax.map(lambda half: part(state.weights, state, *half, known)[0], halves)
+        shares = jax.lax.map(lambda half: part(state.weights, state, half[0], half[1], known)[0], halves)
         return loss(state.weights, state, rows)[0], shares.sum()
 
     backend, (closed, _) = backends.current(), jaxpr_of(losses, *shapes_of((state, rows)))

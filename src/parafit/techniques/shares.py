@@ -123,7 +123,7 @@ class _Reading:
         kinds = [self._kind(one, other) for one, other in zip(ours.invars, theirs.invars)]
         differing = [differing_dims(one, other) for one, other in zip(ours.outvars, theirs.outvars)]
         if draws_differ(ours, theirs):
-            self._draw(turn, theirs, kinds)
+            turn.form = drawing(ours, theirs, self._rows, self._some)
         if any(kind.of == "sum" for kind in kinds):
             if self._stays_sum(turn, theirs, kinds, any(differing)):
                 self._note(ours, theirs, [replace(_joined(kinds), of="sum")] * len(ours.outvars))
@@ -149,10 +149,6 @@ class _Reading:
         known = theirs.val if isinstance(theirs, Literal) else self._constants.get(theirs)
         if known is not None and (isinstance(ours, Literal) or ours in self._part.jaxpr.constvars):
             turn.operands[place] = lambda _, given, known=known: known
-
-    def _draw(self, turn: _Turn, theirs: JaxprEqn, kinds: list[Kind]) -> None:
-        """Random numbers of the whole batch, of its rows."""
-        turn.form = drawing(turn.equation, theirs, self._rows, self._some)
 
     def _stays_sum(self, turn: _Turn, theirs: JaxprEqn, kinds: list[Kind], differs: bool) -> bool:
         """Whether an operation on shares gives shares; what has no rows then counts by rows."""
