@@ -12,6 +12,7 @@ from parafit.calibration import history
 from parafit.errors import MachineError, ModelError
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
+from parafit.planner.search.space import Candidates
 
 GPT = "gpt:layers=4,hidden=256,heads=8,sequence=128,vocabulary=1024"
 
@@ -192,6 +193,16 @@ def test_batch_statistics_and_own_steps_limit_the_search():
     own = Own([keras.Input((8,)), keras.layers.Dense(1)])
     own.compile("sgd", "mse")
     assert planning.keras_program(own, batch_size=8)[1] == {"microbatches", "recompute"}
+
+
+def test_a_search_may_cut_batches_of_random_layers_and_masks():
+    hidden = keras.layers.Embedding(9, 8, mask_zero=True), keras.layers.Dropout(0.2), keras.layers.LSTM(8, return_sequences=True)
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), *hidden, keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    program, refused = planning.keras_program(model, batch_size=8)
+    assert not program.couples_batch
+    assert not refused
+    assert any(plan.microbatches > 1 for plan in Candidates(program, Machine.load("h100x8")))
 
 
 def test_models_that_cannot_be_planned():

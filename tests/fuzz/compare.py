@@ -58,9 +58,20 @@ def compare(make: Callable[[], Any], x, y, *, plan: str, batch_size: int, single
         return Verdict("error", f"{type(error).__name__}: {error}")
     if splits.uneven:
         return Verdict("uneven", "\n".join(splits.uneven[:5]))
-    one = outcome(make, x, y, plan="single", batch_size=batch_size)
-    nudged = outcome(make, x, y, plan="single", batch_size=batch_size, nudge=SINGLE_NUDGE if single else NUDGE)
+    alone = on_one_device(plan)
+    one = outcome(make, x, y, plan=alone, batch_size=batch_size)
+    nudged = outcome(make, x, y, plan=alone, batch_size=batch_size, nudge=SINGLE_NUDGE if single else NUDGE)
     return judge(one, many, nudged)
+
+
+def on_one_device(plan: str) -> str:
+    """The plan of one device that has the same numbers: cut alike where microbatches have statistics of their own.
+
+    >>> on_one_device("data=2,zero=1"), on_one_device("data=2,microbatches=3,recompute=blocks,statistics=microbatch")
+    ('single', 'microbatches=3,statistics=microbatch')
+    """
+    words = [word for word in plan.split(",") if word.startswith(("microbatches", "statistics"))]
+    return ",".join(words) if "statistics=microbatch" in words and len(words) > 1 else "single"
 
 
 def judge(one: dict[str, np.ndarray], many: dict[str, np.ndarray], nudged: dict[str, np.ndarray]) -> Verdict:

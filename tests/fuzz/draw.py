@@ -107,6 +107,8 @@ def _plan(chance: random.Random) -> str:
             words.append("store_group=2")
     if chance.random() < 0.25:
         words.append(f"microbatches={chance.randint(2, 4)}")
+        if chance.random() < 0.4:
+            words.append("statistics=microbatch")
     if chance.random() < 0.15:
         words.append("recompute=blocks")
     return ",".join(words)

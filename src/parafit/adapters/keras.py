@@ -113,6 +113,7 @@ class KerasModel:
             measure=lambda metrics, loss, predictions, batch: compat.update_metrics(model, metrics, loss, predictions, batch),
             update=lambda slots, gradients, weights: model.optimizer.stateless_apply(slots, gradients, weights),
             couples=compat.why_rows_couple(model),
+            follows=compat.why_rows_follow(model),
         )
 
     def _non_trainable(self) -> list:

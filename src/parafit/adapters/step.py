@@ -39,13 +39,15 @@ class Parts:
         loss: `(weights, state, batch) -> (scaled loss, (loss, predictions, others, metrics))`; the state's own weights are not read.
         measure: `(metrics, loss, predictions, batch) -> (logs, metrics)`.
         update: `(slots, gradients, weights) -> (weights, slots)`.
-        couples: why the loss of a batch is not the mean of the losses of its parts, "" where it is.
+        couples: why rows of a batch are not independent, "" where no layer is known for it; a plan may allow it in microbatches.
+        follows: why a batch's rows go on from those of the batch before, "" where they do not.
     """
 
     loss: Callable
     measure: Callable
     update: Callable
     couples: str = ""
+    follows: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,9 +144,10 @@ def _regathered(partition: Partition) -> Iterator[Collective]:
 
 
 def _recut(partition: Partition) -> Iterator[Collective]:
-    """A batch that devices and microbatches do not divide: gathered before it is cut."""
+    """A batch that devices and microbatches do not divide, or whose microbatches are rows in order: gathered before it is cut."""
     plan, axis = partition.plan, partition.plan.compute.get("batch")
-    if axis and plan.microbatches > 1 and partition.program.sizes.get("batch", 1) % (plan.axes[axis] * plan.microbatches):
+    rows, in_order = partition.program.sizes.get("batch", 1), plan.statistics == "microbatch"
+    if axis and plan.microbatches > 1 and (in_order or rows % (plan.axes[axis] * plan.microbatches)):
         for tensor in partition.program.of_role("input"):
             yield Collective(kind=ALL_GATHER, axis=axis, bytes=tensor.bytes, source=tensor.name)
 

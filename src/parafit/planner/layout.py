@@ -140,7 +140,8 @@ class Piece:
 def pieces(rows: int, plan: Plan) -> tuple[Piece, ...]:
     """The microbatches of a batch: equal ones, as large as the devices divide, then a smaller one where rows are left.
 
-    What the devices do not divide, each has whole.
+    What the devices do not divide, each has whole. Where microbatches have their own statistics, the devices do not matter: the first rows
+    of the batch, in order, are the first microbatch on every layout.
 
     Args:
         rows: of the batch.
@@ -152,10 +153,13 @@ def pieces(rows: int, plan: Plan) -> tuple[Piece, ...]:
     (Piece(count=15, rows=8, devices=8), Piece(count=1, rows=7, devices=1))
     >>> pieces(12, Plan.parse("data=4,microbatches=2"))
     (Piece(count=1, rows=8, devices=4), Piece(count=1, rows=4, devices=4))
+    >>> pieces(12, Plan.parse("data=4,microbatches=2,statistics=microbatch"))
+    (Piece(count=2, rows=6, devices=1),)
     """
     devices = plan.axes.get(plan.compute.get(AXES["data"], ""), 1)
     divided = -(-rows // (devices * plan.microbatches)) * devices
-    size = divided if plan.microbatches > 1 and divided <= rows else -(-rows // plan.microbatches)
+    splits = plan.microbatches > 1 and divided <= rows and plan.statistics == "batch"
+    size = divided if splits else -(-rows // plan.microbatches)
     cut = [(rows // size, size), (1, rows % size)]
     return tuple(Piece(count=count, rows=each, devices=1 if each % devices else devices) for count, each in cut if each)
 

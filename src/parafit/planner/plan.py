@@ -56,7 +56,8 @@ class Plan:
         precision: "float32", or "bfloat16": operands of float32 products and convolutions; results, state and all else stay float32.
         interleave: chunks of the model per pipeline stage (1F1B with virtual stages).
         schedule: one of `parafit.planner.schedules.SCHEDULES`, of a plan with a pipeline.
-        statistics: "batch", or "microbatch": layers that tie the rows of a batch, such as BatchNorm, tie those of a microbatch.
+        statistics: "batch", or "microbatch": layers that tie the rows of a batch, such as BatchNorm, tie those of a microbatch, which
+            is then rows of the batch in order on every layout.
 
     Raises:
         PlanError: an axis parafit does not know, a size that is not a whole number of at least 2, or an

@@ -162,7 +162,7 @@ class Program:
         tensors: by name.
         sizes: size of each dim by its name; the rows of the batch are the dim "batch".
         unknown: names of primitives that are replicated because parafit does not know how they split.
-        couples_batch: why the rows of a batch are not independent ("" where they are): batch statistics, random masks.
+        couples_batch: why the rows of a batch are not independent ("" where they are): batch statistics.
         fixed: dims that some operation cannot split (windows slide over it, a sort or a loop runs along it, a slice cuts it).
         buffers: what the compiled step holds, where its compiler is known; else memory follows from the operations.
         recomputing: gives the program of the same step with recomputation, with the same names of dims, or None; where there is none to

@@ -183,23 +183,20 @@ def _stateful_layers(model) -> list:
     return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN) and layer.stateful and layer.built]
 
 
-def why_rows_couple(model) -> str:
-    """Why the loss of a batch is not the mean of the losses of its parts, "" where it is.
+def why_rows_follow(model) -> str:
+    """Why rows of a batch go on from those of the batch before, "" where they do not. Keras 3.15: private, as in `recurrent_states`."""
+    layer = next(iter(_stateful_layers(model)), None)
+    return f"layer {layer.name!r} is stateful: the next batch's first row goes on from this one's first" if layer else ""
 
-    Keras 3.15: `_flatten_layers` reaches layers within layers, and the losses that `compile` was given sit in `_flat_losses`.
+
+def why_rows_couple(model) -> str:
+    """Why the rows of a batch are not independent, "" where no layer is known for it.
+
+    Keras 3.15: `_flatten_layers` reaches layers within layers.
     """
-    for layer in _stateful_layers(model):
-        return f"layer {layer.name!r} is stateful: the next batch's first row goes on from this one's first"
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             return f"layer {layer.name!r} normalises by the statistics of the batch"
-        if layer.activity_regularizer is not None:
-            return f"layer {layer.name!r} has an activity regularizer, which sums over the batch"
-        if isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False):
-            return f"layer {layer.name!r} masks, so that parts of a batch weigh differently"
-    for _, loss, *_ in getattr(model._compile_loss, "_flat_losses", None) or ():
-        if getattr(loss, "reduction", "sum_over_batch_size") not in ("sum_over_batch_size", "mean"):
-            return f"the loss {getattr(loss, 'name', loss)!r} has reduction={loss.reduction!r}, not a mean over the batch"
     return ""
 
 

@@ -32,19 +32,25 @@ def describe(graph: Graph, name: str, like: Program | None = None) -> Program:
 
 
 def _coupling(graph: Graph) -> str:
-    """Why rows are not independent: what was summed over them comes back to them, or numbers were drawn for all of them."""
+    """Why rows are not independent: what was made of parameters and summed over them comes back to them.
+
+    A sum of the batch's own numbers, such as how many positions a mask leaves, is known before rows are cut apart.
+    """
     rows = {factor for dim in graph.batch for factor in graph.dims.factors(dim)}
     reasons: dict[str, None] = {}
     mixed: set[int] = set()
+    learned: set[int] = set()
     for record in graph.records:
         if record.phase != "forward":
             continue
-        touched = any(id(value.root()) in mixed for value in record.inputs)
+        roots = [value.root() for value in record.inputs]
+        touched = any(id(root) in mixed for root in roots)
+        if not any(root.role == "parameter" or id(root) in learned for root in roots):
+            continue
+        learned.update(id(value.root()) for value in record.outputs)
         has_rows = any(rows & set(graph.dims.factors(dim)) for value in record.outputs for dim in value.dims)
         if touched and has_rows:
             reasons[f"batch statistics in {record.layer!r}"] = None
         elif touched or any(rows & set(graph.dims.factors(dim)) for dim in record.contracted):
             mixed.update(id(value.root()) for value in record.outputs)
-        if record.kind == "random" and has_rows:
-            reasons[f"random numbers for the whole batch in {record.layer!r}"] = None
     return "; ".join(reasons)

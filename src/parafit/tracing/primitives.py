@@ -158,7 +158,7 @@ _KNOWN: dict[str, Primitive] = {
     **_all("expm1 igamma igammac igamma_grad_a lgamma log log1p log2 logistic polygamma pow random_gamma_grad", _COSTLY),
     **_all("regularized_incomplete_beta rem rsqrt sin sinh sqrt tan tanh zeta", _COSTLY),
     **_all("clamp complex conj convert_element_type imag real reduce_precision select_n threefry2x32", _SELECTION),
-    **_all("copy copy_p device_put name optimization_barrier pvary sharding_constraint stop_gradient", _ALIAS),
+    **_all("copy copy_p device_put name optimization_barrier pvary reshard sharding_constraint stop_gradient", _ALIAS),
     "bitcast_convert_type": Primitive(kind="move", rule=dim_rules.elementwise, flops=_none, fuses=True, alias=True),
     **_all("reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor argmax argmin", _REDUCTION),
     "reduce": _ODD_REDUCTION,

@@ -55,19 +55,51 @@ def choose_random_bits(equation: JaxprEqn) -> Callable | None:
     def form(key):
         places, words = lax.iota(jnp.uint32, half), jax.random.key_data(key)
         # A loop, because its result is kept: without, the backward pass computes the bits again.
-        halves = lax.map(lambda start: functools.reduce(operator.xor, _threefry(words, start + places)), np.array([0, half], np.uint32))
+
+        def draw(start):
+            return functools.reduce(operator.xor, _threefry(words[0], words[1], jnp.zeros_like(places), start + places))
+
+        halves = lax.map(draw, np.array([0, half], np.uint32))
         return halves.reshape(-1)[:size].reshape(shape)
 
     return form
 
 
-def _threefry(key: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds of (0, counts), written out: JAX's own loop of five passes goes through memory ten times.
+def choose_threefry(equation: JaxprEqn) -> Callable | None:
+    """Threefry of many counts, such as those of some rows of a draw, in two halves; None where JAX's own form is kept."""
+    shape = equation.outvars[0].aval.shape
+    size, whole = math.prod(shape), [var.aval.shape == shape for var in equation.invars]
+    if size < LEAST_COUNTS or any(var.aval.shape and not counted for var, counted in zip(equation.invars, whole)):
+        return None
+
+    def form(*words):
+        half = -(-size // 2)
+        halves = [jnp.resize(word.reshape(-1), (2 * half,)).reshape(2, half) for word, counted in zip(words, whole) if counted]
+
+        def draw(some):  # in a loop, as above
+            counts = iter(some)
+            return _threefry(*(next(counts) if counted else word for word, counted in zip(words, whole)))
+
+        return tuple(found.reshape(-1)[:size].reshape(shape) for found in lax.map(draw, halves))
+
+    return form
+
+
+LEAST_COUNTS = 256
+"""Fewer counts than this, such as those that split a key, are left alone: JAX's loop is less to compile."""
+
+
+def _threefry(key: jax.Array, other: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds, written out: JAX's own loop of five passes goes through memory ten times.
 
     Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+
+    Args:
+        key, other: the words of the key.
+        high, low: those of the counts.
     """
-    schedule = key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)
-    first, second = jnp.broadcast_to(schedule[0], counts.shape), counts + schedule[1]
+    schedule = key, other, key ^ other ^ np.uint32(0x1BD11BDA)
+    first, second = (jnp.broadcast_to(word, jnp.shape(low)) for word in (high + key, low + other))
     for turn in range(5):
         for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[turn % 2]:
             first = first + second

@@ -40,8 +40,11 @@ def recomputed_in_loop(segment: Callable, moving: Collection[int]) -> Callable:
 
             return turn + 1, jax.vjp(of_smooth, *(held[index] for index in smooth))[1](gradients)
 
+        flowing = [value for value in gradients if value.dtype != jax.dtypes.float0]
+        if not flowing:  # it makes whole numbers only, such as random bits
+            return (None,) * len(inputs)
         # Summed, for to take one number out of an array that is split, XLA would gather it whole.
-        total = jnp.sum(min((value for value in gradients if value.dtype != jax.dtypes.float0), key=lambda value: value.size))
+        total = jnp.sum(min(flowing, key=lambda value: value.size))
         turns = 1 + (total != total).astype(jnp.int32)
         start = jnp.int32(0), tuple(jnp.zeros_like(inputs[index]) for index in smooth)
         found = dict(zip(smooth, jax.lax.while_loop(lambda carry: carry[0] < turns, again, start)[1]))

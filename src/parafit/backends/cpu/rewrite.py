@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from parafit.backends.cpu.bits import choose_random_bits, choose_top_k
+from parafit.backends.cpu.bits import choose_random_bits, choose_threefry, choose_top_k
 from parafit.backends.cpu.convolutions import choose_convolution, is_kernel_gradient
 from parafit.backends.cpu.pools import choose_pool, choose_pool_gradient
 from parafit.backends.cpu.products import choose_dot
@@ -41,6 +41,7 @@ _CHOOSERS: dict[str, Callable[[JaxprEqn], Callable | None]] = {
     "reduce_window_max": choose_pool,
     "reduce_window_sum": choose_pool,
     "select_and_scatter_add": choose_pool_gradient,
+    "threefry2x32": choose_threefry,
     "top_k": choose_top_k,
 }
 
