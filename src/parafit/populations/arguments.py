@@ -40,6 +40,17 @@ def models_of(models: Any) -> list | None:
     return list(models)
 
 
+def list_of(models: Any) -> list:
+    """The models of a list.
+
+    Raises:
+        ModelError: no list, or none in it.
+    """
+    if not isinstance(models, (list, tuple)) or not models:
+        raise ModelError(f"expected a list of at least one model, got {type(models).__name__}: {models!r:.80}.")
+    return list(models)
+
+
 def count_members(**counts: int | None) -> int:
     """How many members there are.
 

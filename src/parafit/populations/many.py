@@ -1,29 +1,24 @@
-"""fit_many, evaluate_many and predict_many: many models of one shape in one program."""
+"""fit_many: what it is asked for, as members and groups of them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from parafit import api, backends
-from parafit.adapters import adapter_of, checks
-from parafit.adapters.step import State, Step
+from parafit import api
+from parafit.adapters import checks
 from parafit.data import inputs
 from parafit.errors import DataError, ModelError, NonFiniteLossError
 from parafit.execution.events import Console, Notice, emit, listening
-from parafit.placement import Placement  # noqa: F401
 from parafit.planner.plan import Plan
 from parafit.planning import this_machine
 from parafit.populations import arguments
-from parafit.populations.lockstep import Lockstep
 from parafit.populations.members import Member, Order
 from parafit.populations.rows import Rows, Table
-from parafit.populations.stack import Stack
-from parafit.populations.tracing import traced_step
+from parafit.populations.room import room
 from parafit.populations.training import train_together
 from parafit.support import compat
 from parafit.support.arguments import check_arguments
@@ -132,7 +127,7 @@ def fit_many(
         if data.splits:
             arguments.check_classes(data.splits, y, getattr(members[0].model, "loss", None))
         if not given:
-            _check_deterministic(models, members[0], settings)
+            _check_deterministic(models, members[0], {name: values[0] for name, values in settings.items()})
         try:
             _train(members, stack, data, options)
         except BaseException as error:
@@ -186,7 +181,7 @@ def _train(members: list[Member], stack: int | None, data: _Data, options: dict)
         if not member.why_alone:
             groups.setdefault(member.traces.digest, []).append(member)
     for group in groups.values():
-        most = stack or _lanes(group[0].step, group[0].source.rows_per_batch, group[0].traces.train)
+        most = stack or room(group[0].step, group[0].traces.train)
         together = f"{min(len(group), most)} at a time" if most < len(group) else "together"
         others = "" if len(groups) == 1 else "; members of other shapes, or whose steps compute something else, have their own turn"
         emit(Notice(text=f"{len(group)} of {len(members)} members train {together} (members {_numbers(group)}){others}"))
@@ -246,98 +241,17 @@ def _check_apart(members: list[Member]) -> None:
                 )
 
 
-def _check_deterministic(build, member: Member, settings: dict) -> None:
+def _check_deterministic(build: Callable, member: Member, settings: dict[str, float]) -> None:
     """Build the first member once more: its seed must decide all of its state."""
     if member.why_alone:
         return
-    again = Member(
-        member.number,
-        member.seed,
-        arguments.make_by(build, member.seed),
-        {name: values[0] for name, values in settings.items()},
-        None,
-        member.order,
-    )
-    _check_apart([member, again.numbered(-1)])
-    pairs = list(zip(jax.tree.leaves(member.step.read()), jax.tree.leaves(again.step.read()), strict=False))
-    same_count = len(jax.tree.leaves(member.step.read())) == len(jax.tree.leaves(again.step.read()))
-    if not same_count or any(one.shape != other.shape or not np.array_equal(one, other, equal_nan=True) for one, other in pairs):
+    again = Member(member.number, member.seed, arguments.make_by(build, member.seed), settings, None, member.order)
+    if any(variable is other for variable, other in zip(member.variables(), again.variables())):
+        raise ModelError("build gave the same model, or the same layers, twice. Make layers, optimizer and model inside it.")
+    one, other = (jax.tree.leaves(each.step.read()) for each in (member, again))
+    if len(one) != len(other) or not all(map(np.array_equal, one, other)):
         raise ModelError(
             f"build gave two different models for the same seed, {member.seed}: their shapes or initial weights differ. Members must be "
-            "reproducible: draw from Keras', NumPy's or Python's global generators, which the seed sets, or from the seed that build is given."
+            "reproducible: draw from the global generators of Keras, NumPy or Python, which the seed sets, or from the seed that "
+            "build(seed) is given."
         )
-
-
-def _lanes(step: Step, rows: int, traced) -> int:
-    """How many members there is memory for: each holds its state three times, and what a step computes once."""
-    state = sum(array.nbytes for array in jax.tree.leaves((step.read_fixed(), step.read())))
-    computed = sum(
-        int(np.prod(var.aval.shape)) * var.aval.dtype.itemsize
-        for equation in traced.closed.jaxpr.eqns
-        for var in equation.outvars
-        if hasattr(var.aval, "shape") and hasattr(var.aval.dtype, "itemsize")
-    )
-    return max(1, int(_MEMORY_SHARE * this_machine().device.memory_bytes / max(1, 3 * state + computed)))
-
-
-_MEMORY_SHARE = 0.4
-"""Of the device's memory, which others use too, and data takes a share of."""
-
-
-def evaluate_many(
-    models, x, y=None, *, batch_size: int | None = None, verbose: str | int = "auto", sample_weight=None, return_dict: bool = False
-) -> list:
-    """The loss and metrics of many models on the same data: `evaluate` of each, those of one shape in one program.
-
-    Args:
-        models: a list of compiled models.
-        x, y, sample_weight: arrays of shape (rows, ...).
-        batch_size, verbose, return_dict: as in `evaluate`.
-
-    Returns:
-        For each model what `evaluate` gives.
-
-    Errors are those of `fit_many`.
-
-    >>> import parafit, keras, numpy as np
-    >>> models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer=how)]) for how in ("zeros", "ones")]
-    >>> for model in models:
-    ...     model.compile(loss="mse")
-    >>> [float(loss) for loss in parafit.evaluate_many(models, np.ones((8, 2)), np.ones((8, 1)), verbose=0)]
-    [1.0, 1.0]
-    """
-    check_arguments(batch_size=batch_size, verbose=verbose)
-    given = _listed(models)
-
-    def alone(model):
-        return api.evaluate(model, x, y, batch_size=batch_size, sample_weight=sample_weight, verbose=0, return_dict=return_dict)
-
-    found = _at_once("evaluate", given, (x, y, sample_weight), batch_size, alone)
-    return [scored if isinstance(scored, _Alone) is False else scored.value for scored in _scores(given, found, return_dict)]
-
-
-def predict_many(models, x, *, batch_size: int | None = None, verbose: str | int = "auto") -> Any:
-    """The outputs of many models for the same data: `predict` of each, those of one shape in one program.
-
-    Args:
-        models: a list of models.
-        x: arrays of shape (rows, ...).
-        batch_size, verbose: as in `predict`.
-
-    Returns:
-        NumPy arrays of shape (members, rows, ...) in the structure of the models' outputs; a list of each model's outputs where their
-        shapes differ.
-
-    Errors are those of `fit_many`.
-
-    >>> import parafit, keras, numpy as np
-    >>> models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer=how)]) for how in ("zeros", "ones")]
-    >>> parafit.predict_many(models, np.ones((3, 2)), verbose=0)[:, :, 0].tolist()
-    [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]]
-    """
-    check_arguments(batch_size=batch_size, verbose=verbose)
-    given = _listed(models)
-    found = _at_once("predict", given, (x,), batch_size, lambda model: api.predict(model, x, batch_size=batch_size, verbose=0))
-    outputs = [each.value if isinstance(each, _Alone) else each for each in found]
-    alike = {(jax.tree.structure(each), tuple(leaf.shape for leaf in jax.tree.leaves(each))) for each in outputs}
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *outputs) if len(alike) == 1 else outputs

@@ -145,7 +145,7 @@ class _Training:
         stack.reset_metrics(lanes)
         weights = stack.state.weights
         take = lambda new: self._take(stack.state._replace(others=new.others, metrics=new.metrics))  # noqa: E731
-        state = State(others=stack.state.others, metrics=stack.state.metrics)
+        state = stack.state._replace(weights=[], slots=[])
         _, _, logs = self._test.run(self._prepare_test(lanes), weights, state, take)
         tested = {}
         for lane, member in self._live():

@@ -484,8 +484,8 @@ def plain_config(model) -> str | None:
     Variables are told apart by shape and dtype only, numbers that Keras gives to names are left out, and so is a learning rate, which is
     a variable. Keras 3.15: `_flatten_layers` reaches layers within layers.
     """
-    layers = list(model._flatten_layers())
-    if own_step(model) or len(getattr(model, "outputs", None) or ()) != 1 or any(not _is_of_keras(layer) for layer in layers):
+    layers = list(model._flatten_layers()) if model.compiled and model.optimizer is not None else []
+    if not layers or own_step(model) or len(getattr(model, "outputs", None) or ()) != 1 or any(not _is_of_keras(layer) for layer in layers):
         return None
     compiled, structure = model.get_compile_config(), model.get_config()
     optimizer = compiled["optimizer"]["config"]
