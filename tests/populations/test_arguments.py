@@ -44,7 +44,7 @@ Y = np.repeat([0, 1, 2], 10)
         ({"folds": [([0, 1], [30])]}, "fold 0 does not name rows"),
         ({"folds": KFold(3, shuffle=True), "validation_split": 0.2}, "leave validation_split and validation_data out"),
         ({"n": 2, "batch_size": 0}, "batch_size=0"),
-        ({"n": 2, "validation_split": 0.01}, "expected at least one of each"),
+        ({"n": 2, "validation_split": 0.99}, "expected at least one of each"),
     ],
 )
 def test_arguments_that_do_not_fit_together(options, words):
@@ -101,7 +101,7 @@ def test_a_build_function_that_its_seed_does_not_decide():
 
 def test_data_that_cannot_be_held():
     with pytest.raises(DataError, match="must be arrays"):
-        parafit.fit_many(build, iter([(X, Y)]), n=2, verbose=0)
+        parafit.fit_many(build, ((X, Y) for _ in range(2)), n=2, verbose=0)
     with pytest.raises(DataError, match="different numbers of rows"):
         parafit.fit_many(build, X, Y[:-1], n=2, verbose=0)
     with pytest.raises(DataError, match="such as"):

@@ -16,6 +16,8 @@ class Net(nnx.Module):
         rngs = nnx.Rngs(seed)
         self.inner = nnx.Linear(6, 8, rngs=rngs, param_dtype=float)
         self.norm = nnx.BatchNorm(8, rngs=rngs, param_dtype=float)
+        for statistics in (self.norm.mean, self.norm.var):
+            statistics.set_raw_value(statistics.get_raw_value().astype(float))
         self.drop = nnx.Dropout(0.3, rngs=rngs)
         self.outer = nnx.Linear(8, 1, rngs=rngs, param_dtype=float)
 

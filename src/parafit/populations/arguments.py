@@ -114,17 +114,11 @@ def seeds_of(seeds: Any, count: int) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def callbacks_of(callbacks: Any, count: int) -> list:
-    """Each member's callbacks.
-
-    Raises:
-        DataError: one list for all: a callback belongs to one model.
-    """
-    if callbacks is None:
-        return [None] * count
-    if callable(callbacks):
-        return [callbacks(number) for number in range(count)]
-    if not all(isinstance(each, (list, tuple, type(None))) for each in callbacks):
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse one list for all members, and one callback for several: a callback belongs to one model."""
+    if callbacks is None or callable(callbacks):
+        return
+    if not isinstance(callbacks, (list, tuple)) or not all(isinstance(each, (list, tuple, type(None))) for each in callbacks):
         raise DataError(
             "callbacks: expected a list of callbacks for each member, or a function from a member's number to its list, for a callback "
             "belongs to one model. Pass callbacks=lambda number: [keras.callbacks.EarlyStopping()]."
@@ -137,7 +131,14 @@ def callbacks_of(callbacks: Any, count: int) -> list:
                     f"members {seen[id(callback)]} and {number} have the same {type(callback).__name__}. A callback belongs to one model: "
                     "make one for each."
                 )
-    return [None if listed is None else list(listed) for listed in callbacks]
+
+
+def callbacks_of(callbacks: Any, count: int) -> list:
+    """Each member's callbacks."""
+    if callable(callbacks):
+        callbacks = [callbacks(number) for number in range(count)]
+        check_callbacks(callbacks)
+    return [listed and list(listed) for listed in callbacks or [None] * count]
 
 
 def length(values: Any) -> int | None:

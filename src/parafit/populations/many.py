@@ -95,6 +95,7 @@ def fit_many(
     arguments.check_plan(plan)
     given = arguments.models_of(models)
     arguments.check_n(n, given)
+    arguments.check_callbacks(callbacks)
     settings = arguments.settings_of(learning_rates)
     x, y, sample_weight = inputs.plain(x, y, sample_weight)
     inputs.check_lengths(x, y, sample_weight)
