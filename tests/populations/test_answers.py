@@ -47,9 +47,10 @@ def test_models_of_other_outputs_give_a_list():
     assert [output.shape for output in parafit.predict_many(models, np.ones((5, 4)), verbose=0)] == [(5, 1), (5, 2)]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras' own
 def test_a_model_that_runs_step_by_step_is_asked_alone():
     model, x, y = mlp()
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     with pytest.warns(UserWarning, match="leaves this run to Keras"):
         scores = parafit.evaluate_many([model, mlp()[0]], x, y, verbose=0)
     assert len(scores) == 2
@@ -62,4 +63,4 @@ def test_what_cannot_be_asked():
     with pytest.raises(ModelError, match="at least one model"):
         parafit.evaluate_many([], x, y)
     with pytest.raises(DataError, match="must be arrays"):
-        parafit.predict_many([model], (x for _ in range(2)), verbose=0)
+        parafit.predict_many([model], ((x,) for _ in range(2)), verbose=0)

@@ -104,7 +104,7 @@ def test_data_that_cannot_be_held():
         parafit.fit_many(build, ((X, Y) for _ in range(2)), n=2, verbose=0)
     with pytest.raises(DataError, match="different numbers of rows"):
         parafit.fit_many(build, X, Y[:-1], n=2, verbose=0)
-    with pytest.raises(DataError, match="such as"):
+    with pytest.raises(DataError, match="Count from 0: pass y - 5"):
         parafit.fit_many(build, X, Y + 5, n=2, verbose=0)
 
 

@@ -14,7 +14,7 @@ from parafit.nnx import Trainable
 class Net(nnx.Module):
     def __init__(self, seed):
         rngs = nnx.Rngs(seed)
-        self.inner = nnx.Linear(6, 8, rngs=rngs, param_dtype=float)
+        self.inner = nnx.Linear(6, 8, use_bias=False, rngs=rngs, param_dtype=float)
         self.norm = nnx.BatchNorm(8, rngs=rngs, param_dtype=float)
         for statistics in (self.norm.mean, self.norm.var):
             statistics.set_raw_value(statistics.get_raw_value().astype(float))

@@ -112,7 +112,8 @@ def _answers(verb: str, models: Sequence[Any], data: tuple, batch_size: int | No
             asked = _asked(verb, number, adapter, table, batch_size)
             groups.setdefault((asked.traced.digest, len(asked.traced.names)), []).append(asked)
     for group in groups.values():
-        most = room(group[0].step, group[0].traced)
+        lead = group[0]
+        most = room(lead.step, lead.traced) if backends.current().stacks(lead.traced.closed) else 1
         for first in range(0, len(group), most):
             _ask(verb, group[first : first + most], found)
     return found
@@ -142,11 +143,14 @@ def _ask(verb: str, group: Sequence[_Asked], found: list) -> None:
 
     with backends.current().running(), compat.attention_to_be_stacked(lead.adapter.model):
         prepared = lockstep.prepare([batches] * len(group))
-        run = lockstep.predict if verb == "predict" else lockstep.run
-        answers = run(prepared, weights, stack.state._replace(weights=[]), take)
+        state = stack.state._replace(weights=[])
+        if verb == "predict":
+            answers = lockstep.predict(prepared, weights, state, take)
+        else:
+            answers = lockstep.evaluate(prepared, weights, state, take)
     for lane, each in enumerate(group):
         if verb == "predict":
             found[each.number] = jax.tree.map(lambda array, lane=lane: array[lane], answers)
         else:
-            found[each.number] = dict(zip(each.traced.names, (log[lane] for log in answers[2])))
+            found[each.number] = dict(zip(each.traced.names, (log[lane] for log in answers)))
         each.step.write(stack.read(lane)._replace(weights=[]))

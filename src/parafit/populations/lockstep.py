@@ -1,7 +1,7 @@
 """Steps of all members of a stack at once, over batches that are each member's own."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,10 @@ class Lockstep:
         rows = rows[:, counts.argmax()] if self._shared else rows  # an empty lane has none
         return self._table.turns(rows, counts if masked else None, shared=self._shared)
 
-    def run(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> tuple[np.ndarray, np.ndarray, list]:
-        """Run all steps; gives how many of each lane went well, whether all did, and the last logs.
+    def run(
+        self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]
+    ) -> Generator[None, None, tuple[np.ndarray, np.ndarray, list]]:
+        """Run all steps; gives how many of each lane went well, whether all did, and the last logs. Waits after each dispatch.
 
         Args:
             prepared: as `prepare` gave them.
@@ -97,10 +99,20 @@ class Lockstep:
                 turns = self._turns(rows, counts, masked=part.masked)
                 state, tally, _ = part.compiled(fixed, state, tally, steps, turns)
                 take(state)
+                yield
                 jax.block_until_ready(tally.done)
                 self._pace.count(steps)
                 self._pace.record(steps, time.perf_counter() - started)
         return np.asarray(tally.done), np.asarray(tally.healthy), [np.asarray(log) for log in tally.logs]
+
+    def evaluate(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> list[np.ndarray]:
+        """`run` at one go; gives the last logs."""
+        running = self.run(prepared, fixed, state, take)
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                return end.value[2]
 
     def predict(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> Any:
         """The outputs of all lanes, which take the same batches: host arrays of shape (lanes, rows, ...)."""

@@ -82,13 +82,24 @@ def _compiled(step: Step, turns: Turns, lanes: int, seldom: bool) -> CompiledSte
 def _stacked(traced: TracedStep, one: tuple, batch: Any, lanes: int, *, shared: bool, seldom: bool) -> tuple[Callable, dict]:
     """The step of all members as a function of `(fixed, state, batch)`, and options for the compiler."""
     held, rows = len(jax.tree.leaves(one)), jax.tree.leaves(batch)
-    vmapped = jax.vmap(compat.jaxpr_as_function(traced.closed), in_axes=(0,) * held + (None if shared else 0,) * len(rows))
+    flat = compat.jaxpr_as_function(traced.closed)
+    axes = (0,) * held + (None if shared else 0,) * len(rows)
+    vmapped = jax.vmap(flat, in_axes=axes) if lanes > 1 else _of_one(flat, axes)
     stacked = lambda leaf: jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype)  # noqa: E731
     closed, _ = jaxpr_of(vmapped, *map(stacked, jax.tree.leaves(one)), *(rows if shared else map(stacked, rows)))
     backend = backends.current()
     options = backend.compiler_options(closed, seldom=seldom)
     flat = compat.jaxpr_as_function(backend.rewrite(closed))
     return lambda *arguments: jax.tree.unflatten(traced.structure, flat(*jax.tree.leaves(arguments))), options
+
+
+def _of_one(flat: Callable, axes: tuple) -> Callable:
+    """`jax.vmap` for a single member, whose operations stay as they are."""
+
+    def function(*leaves):
+        return [array[None] for array in flat(*(leaf if axis is None else leaf[0] for leaf, axis in zip(leaves, axes)))]
+
+    return function
 
 
 def _run_many(run: Callable, capacity: int, guard: int | None) -> Callable:

@@ -1,11 +1,12 @@
 """Members of one shape, trained together: each in a lane of a stack, one epoch after another.
 
 Where a member stops, its lane takes the next one that waits; where none waits and half of the lanes are empty, the stack gets smaller.
+Several stacks take turns in one thread: while callbacks of one run, the devices compute the others' steps.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from parafit import backends
@@ -22,54 +23,58 @@ def train_together(members: Sequence[Member], most: int, *, is_worth: Callable[[
 
     Args:
         members: traced.
-        most: how many lanes there may be.
+        most: how many may train at once.
         is_worth: from the seconds that a smaller stack will save at most and those that compiling takes to whether it is made.
     """
-    with backends.current().running(), compat.attention_to_be_stacked(members[0].model):
-        _Training(members, most, is_worth).run()
+    backend, traced = backends.current(), members[0].traces.train
+    most = min(most, len(members))
+    strands = min(most, backend.programs_at_once())
+    lanes = -(-most // strands) if backend.stacks(traced.closed) else 1
+    with backend.running(), compat.attention_to_be_stacked(members[0].model):
+        group = _Group(members, is_worth)
+        _side_by_side([_Strand(group, lanes) for _ in range(strands)])
 
 
-class _Training:
-    def __init__(self, members: Sequence[Member], most: int, is_worth: Callable[[float, float], bool]):
-        self._queue, self._most, self._is_worth = deque(members), most, is_worth
+def _side_by_side(strands: "Sequence[_Strand]") -> None:
+    """Let each strand go on where it waits, while the devices compute what the others have dispatched."""
+    try:
+        running = [strand.run() for strand in strands]
+        while running:
+            running = [each for each in running if next(each, _ENDED) is not _ENDED]
+    finally:
+        for strand in strands:
+            strand.leave()
+
+
+_ENDED = object()
+
+
+class _Group:
+    """What strands share: the members that wait, and the programs.
+
+    Args:
+        members, is_worth: as in `train_together`.
+    """
+
+    def __init__(self, members: Sequence[Member], is_worth: Callable[[float, float], bool]):
+        self._queue, self.is_worth = deque(members), is_worth
         lead = members[0]
         longest = max(member.source.steps_per_epoch for member in members)
-        self._train = Lockstep(lead.step, lead.traces.train, lead.source.table, longest=longest)
-        self._guarded = lead.traces.train.guard is not None
-        self._test: Any = None
+        self.train = Lockstep(lead.step, lead.traces.train, lead.source.table, longest=longest)
+        self.guarded = lead.traces.train.guard is not None
+        self.test: Any = None
         if lead.traces.test is not None:
             rows = lead.order.validation
             longest = max(len(member.validation_batches) for member in members)
             shared = all(member.order.validation is rows for member in members)
-            self._test = Lockstep(lead.test_step, lead.traces.test, rows.table, longest=longest, shared=shared)
-        self._lanes: list[Member | None] = []
-        self._stack: Any = None
-        self._seconds = 0.0
+            self.test = Lockstep(lead.test_step, lead.traces.test, rows.table, longest=longest, shared=shared)
 
-    def run(self) -> None:
-        try:
-            self._start()
-            while self._live():
-                self._round()
-                self._refill()
-                self._repack()
-        finally:
-            if self._live() and self._stack.recover():
-                for lane, member in self._live():  # cut off
-                    member.leave(self._stack.read(lane))
+    @property
+    def seconds_compiling(self) -> float:
+        """Spent on tracing and compiling so far."""
+        return sum(each.seconds_compiling for each in (self.train, self.test) if each)
 
-    def _live(self) -> list[tuple[int, Member]]:
-        return [(lane, member) for lane, member in enumerate(self._lanes) if member is not None]
-
-    def _start(self) -> None:
-        started = []
-        while len(started) < self._most and (member := self._next()) is not None:
-            started.append(member)
-        if started:
-            self._stack = Stack([member.step.read() for member in started])
-            self._lanes = started
-
-    def _next(self) -> Member | None:
+    def next(self) -> Member | None:
         """The next member that waits, its first epoch begun."""
         while self._queue:
             member = self._queue.popleft()
@@ -78,12 +83,54 @@ class _Training:
                 return member
         return None
 
+
+class _Strand:
+    """A stack whose programs run side by side with those of others.
+
+    Args:
+        group: what they share.
+        lanes: of the stack.
+    """
+
+    def __init__(self, group: _Group, lanes: int):
+        self._group, self._train, self._test = group, group.train, group.test
+        self._lanes: list[Member | None] = [None] * lanes
+        self._stack: Any = None
+        self._seconds = 0.0
+
+    def run(self) -> Iterator[None]:
+        """Train all members that come; waits after each program that it has dispatched."""
+        self._start()
+        while self._live():
+            yield from self._round()
+            self._refill()
+            self._repack()
+
+    def leave(self) -> None:
+        """Let models hold the states of members that were cut off."""
+        if self._live() and self._stack.recover():
+            for lane, member in self._live():
+                member.leave(self._stack.read(lane))
+
+    def _live(self) -> list[tuple[int, Member]]:
+        return [(lane, member) for lane, member in enumerate(self._lanes) if member is not None]
+
+    def _start(self) -> None:
+        started = []
+        while len(started) < len(self._lanes) and (member := self._group.next()) is not None:
+            started.append(member)
+        if started:
+            states = [member.step.read() for member in started]
+            spare = len(self._lanes) - len(started)
+            self._stack = Stack([*states, *states[:1] * spare])  # so that all strands run the same program
+            self._lanes = [*started, *[None] * spare]
+
     # One epoch of every lane ----------------------------------------------------------------------------------------------------------
 
-    def _round(self) -> None:
-        started, compiling = time.perf_counter(), self._seconds_compiling
-        self._run_training()
-        tested = self._run_validation()
+    def _round(self) -> Iterator[None]:
+        started, compiling = time.perf_counter(), self._group.seconds_compiling
+        yield from self._run_training()
+        tested = yield from self._run_validation()
         for lane, member in self._live():
             if member.watches:
                 member.show(self._stack.read(lane))
@@ -95,11 +142,7 @@ class _Training:
             if not goes_on:
                 member.finish(self._stack.read(lane))
                 self._lanes[lane] = None
-        self._seconds = time.perf_counter() - started - (self._seconds_compiling - compiling)
-
-    @property
-    def _seconds_compiling(self) -> float:
-        return sum(each.seconds_compiling for each in (self._train, self._test) if each)
+        self._seconds = time.perf_counter() - started - (self._group.seconds_compiling - compiling)
 
     def _enter(self, lane: int, member: Member) -> None:
         """Take over what a callback has changed."""
@@ -107,16 +150,16 @@ class _Training:
         if held is not None:
             self._stack.write(lane, held)
 
-    def _run_training(self) -> None:
+    def _run_training(self) -> Iterator[None]:
         stack = self._stack
-        if self._guarded:
+        if self._group.guarded:
             stack.keep()
         kept = time.perf_counter()
         stack.reset_metrics(range(stack.lanes))
         prepared = self._train.prepare([member and member.batches for member in self._lanes])
         if self._test:
             self._prepare_test([lane for lane, member in self._live() if member.validates()])
-        done, healthy, logs = self._train.run(prepared, [], stack.state, self._take)
+        done, healthy, logs = yield from self._train.run(prepared, [], stack.state, self._take)
         if bad := [lane for lane, _ in self._live() if not healthy[lane]]:
             stack.restore(bad)
         for lane, member in self._live():
@@ -133,7 +176,7 @@ class _Training:
     def _take(self, state: State) -> None:
         self._stack.state = state
 
-    def _run_validation(self) -> dict[int, dict]:
+    def _run_validation(self) -> Generator[None, None, dict[int, dict]]:
         """The logs of validations, by lane."""
         stack = self._stack
         lanes = [lane for lane, member in self._live() if member.validates()]
@@ -146,7 +189,7 @@ class _Training:
         weights = stack.state.weights
         take = lambda new: self._take(stack.state._replace(others=new.others, metrics=new.metrics))  # noqa: E731
         state = stack.state._replace(weights=[], slots=[])
-        _, _, logs = self._test.run(self._prepare_test(lanes), weights, state, take)
+        _, _, logs = yield from self._test.run(self._prepare_test(lanes), weights, state, take)
         tested = {}
         for lane, member in self._live():
             if lane in lanes:
@@ -170,7 +213,7 @@ class _Training:
 
     def _refill(self) -> None:
         for lane, member in enumerate(self._lanes):
-            if member is None and (waiting := self._next()) is not None:
+            if member is None and (waiting := self._group.next()) is not None:
                 self._stack.replace(lane, waiting.step.read())
                 self._lanes[lane] = waiting
 
@@ -182,7 +225,7 @@ class _Training:
             return
         rounds = max(member.order.epochs - member.epoch for _, member in self._live())
         saved = self._seconds * (1 - size / len(self._lanes)) * rounds
-        if not self._is_worth(saved, self._seconds_compiling):
+        if not self._group.is_worth(saved, self._group.seconds_compiling):
             return
         emit(Notice(text=f"{len(self._lanes) - len(live)} of {len(self._lanes)} members have stopped; the rest goes on in a stack of {size}"))
         chosen = [*live, *[live[0]] * (size - len(live))]
