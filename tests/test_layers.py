@@ -23,6 +23,7 @@ ROOMS = [
     {"__main__"},
     {"cli"},
     {"tables", "sklearn", "nnx"},
+    {"populations"},
     {"api"},
     {"forecast"},
     {"planning"},

@@ -20,9 +20,10 @@ from parafit import backends
 from parafit.support import environment, imports, programs
 
 __version__ = "0.1.0"
-__all__ = ["Machine", "Plan", "errors", "evaluate", "explain", "find_plan", "fit", "predict"]
+__all__ = ["Machine", "Plan", "errors", "evaluate", "evaluate_many", "explain", "find_plan", "fit", "fit_many", "predict", "predict_many"]
 
 _HOMES = {"fit": "api", "evaluate": "api", "predict": "api", "Plan": "planner.plan"}
+_HOMES |= {"fit_many": "populations.many", "evaluate_many": "populations.answers", "predict_many": "populations.answers"}
 _HOMES |= {"find_plan": "planning", "explain": "planner.search.explain", "Machine": "planner.machine.machine"}
 
 environment.prepare()

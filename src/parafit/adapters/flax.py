@@ -200,6 +200,20 @@ class FlaxModel:
     def finish_training(self) -> None:
         """Nothing: Optax has no last step."""
 
+    def config(self) -> None:
+        """Nothing but tracing tells modules, losses and transformations apart."""
+
+    def set_hyperparameter(self, name: str, value: float) -> None:
+        """Let the optimizer use another number; see `parafit.adapters.step.Adapter`."""
+        held = [each for each in self._slots.variables if each.path.endswith(f"hyperparams/{name}")]
+        if not held:
+            raise ModelError(
+                f"the optimizer of {self.model.name!r} holds no variable {name!r}. Optax keeps numbers in variables where it is asked to: "
+                f"optax.inject_hyperparams(optax.adam)({name}=...)."
+            )
+        for each in held:
+            each.write(jnp.asarray(value, each.read().dtype))
+
     def _loss(self, weights, state, batch, training: bool = True):
         """See `Parts.loss`; what the loss measures takes the place of predictions."""
         module = self._merge(weights, state.others, training=training)

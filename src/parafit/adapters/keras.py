@@ -103,6 +103,21 @@ class KerasModel:
         """What Keras' optimizers do once after the last step (such as taking over averaged weights)."""
         self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
 
+    def config(self) -> str | None:
+        """See `parafit.adapters.step.Adapter`."""
+        return compat.plain_config(self.model)
+
+    def set_hyperparameter(self, name: str, value: float) -> None:
+        """Let the optimizer use another number; see `parafit.adapters.step.Adapter`."""
+        optimizer = self.model.optimizer
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if not isinstance(getattr(inner, name, None) if name != "learning_rate" else 0.0, (int, float, type(None))) or not hasattr(inner, name):
+            raise ModelError(f"optimizer {inner.name!r} of model {self.model.name!r} has no number called {name!r}.")
+        try:
+            setattr(inner, name, value)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{name}={value} cannot be given to optimizer {inner.name!r} of model {self.model.name!r}: {error}") from error
+
     def _parts(self) -> Parts | None:
         """`keras.Model.train_step` in parts, None where the model's class computes something of it in its own way."""
         model = self.model

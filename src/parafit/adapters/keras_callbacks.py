@@ -45,6 +45,35 @@ def batch_strides(callbacks: keras.callbacks.CallbackList, phase: str, steps_per
     return sorted({stride for stride in strides if stride is not None})
 
 
+def batch_hooks(callbacks: keras.callbacks.CallbackList, steps_per_execution: int) -> str:
+    """Which callbacks must have control between batches, in words; "" where none must.
+
+    Args:
+        callbacks, steps_per_execution: as in `batch_strides`.
+    """
+    names = {
+        type(callback).__name__
+        for callback in callbacks.callbacks
+        for phase in ("train", "test")
+        for hook in _HOOKS[phase]
+        if _stride(callback, hook, steps_per_execution) is not None
+    }
+    return f"its callback {', '.join(sorted(names))} is called between batches" if names else ""
+
+
+def looks_at_weights(callbacks: keras.callbacks.CallbackList) -> bool:
+    """Whether a callback may look at more than logs, or change something, at the ends of epochs; Keras' own callbacks are known."""
+    quiet = (keras.callbacks.History, keras.callbacks.CSVLogger, keras.callbacks.TerminateOnNaN)
+    stops = lambda each: type(each) is keras.callbacks.EarlyStopping and not each.restore_best_weights  # noqa: E731
+    return any(type(each) not in quiet and not stops(each) for each in callbacks.callbacks)
+
+
+def looks_at_tests(callbacks: keras.callbacks.CallbackList) -> bool:
+    """Whether a callback has a hook around validations."""
+    hooks = ("on_test_begin", "on_test_end")
+    return any(hook in vars(each) or getattr(type(each), hook) is not getattr(Callback, hook) for each in callbacks.callbacks for hook in hooks)
+
+
 def _stride(callback: Callback, hook: str, otherwise: int) -> int | None:
     if hook in vars(callback):  # LambdaCallback sets its hooks on the instance
         return otherwise

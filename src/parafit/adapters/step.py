@@ -28,6 +28,11 @@ class State(NamedTuple):
     metrics: Sequence[Any] = ()
 
 
+def same_state(state: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> bool:
+    """Whether groups hold the very same arrays."""
+    return all(ours is theirs for group, others in zip(state, other) for ours, theirs in zip(group, others))
+
+
 _KEPT: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
 
@@ -166,6 +171,18 @@ class Adapter(Protocol):
 
     def finish_training(self) -> None:
         """What is done once after the last step."""
+        ...
+
+    def config(self) -> str | None:
+        """What tells the model's steps from another's without tracing them; None where nothing else does."""
+        ...
+
+    def set_hyperparameter(self, name: str, value: float) -> None:
+        """Let the optimizer use another number, such as "learning_rate".
+
+        Raises:
+            ModelError: it has none of this name, or none that can be set.
+        """
         ...
 
 

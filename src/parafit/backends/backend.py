@@ -86,6 +86,18 @@ class Backend:
         """
         return program
 
+    def programs_at_once(self) -> int:
+        """How many programs of few operations each run side by side without slowing each other down."""
+        return 1
+
+    def stacks(self, closed: ClosedJaxpr) -> bool:
+        """Whether a step runs faster for several models at once, under `jax.vmap`, than for one after another.
+
+        Args:
+            closed: the step of one model.
+        """
+        return True
+
     def resident(self, nbytes: int, *, one_device: bool, flops: Callable[[], float], epochs: int) -> bool:
         """Whether steps should look their rows up in data that stays on the devices, rather than get them in blocks.
 

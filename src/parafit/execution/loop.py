@@ -136,7 +136,7 @@ def _train_epoch(epoch: int, feed: Feed, runner: Runner, callbacks, pace: Pace) 
         if not group.healthy:
             seconds = runner.recover()
             if not model.stop_training:
-                raise _bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.source.find_non_finite() or runner.find_non_finite())
+                raise bad_loss(epoch, group.last, float(logs["loss"]), seconds, feed.source.find_non_finite() or runner.find_non_finite())
         if model.stop_training:
             break
     return logs
@@ -177,7 +177,7 @@ def _rows(steps: int, outputs: Any) -> Any:
     return jax.tree.map(lambda array: np.asarray(array)[:steps].reshape((-1, *array.shape[2:])), outputs)
 
 
-def _bad_loss(epoch: int, step: int, loss: float, seconds: float, found: str) -> NonFiniteLossError:
+def bad_loss(epoch: int, step: int, loss: float, seconds: float, found: str) -> NonFiniteLossError:
     causes = found or (
         "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
     )

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parafit.adapters.step import Adapter, State, Step
+from parafit.adapters.step import Adapter, State, Step, same_state
 from parafit.data.feed import Block
 from parafit.execution.compiled import CompiledSteps, Tally, compiled_steps
 from parafit.execution.contract import Report, check, compare_memory, expect
@@ -91,7 +91,7 @@ class Runner:
         held = self.step.read()
         if self._snapshot:
             self._snapshot.update(held)
-        if self._written is None or not _same(held, self._written):
+        if self._written is None or not same_state(held, self._written):
             self._fixed, self._state = jax.tree.map(self.placement.put_state, self.step.leaves, (self.step.read_fixed(), _unshared(held)))
         self._tally = None
 
@@ -142,10 +142,6 @@ def _local_bytes(arrays: Any, shardings: Any) -> int:
     """Bytes of arrays on one device."""
     shares = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, arrays, shardings)
     return sum(jax.tree.leaves(shares))
-
-
-def _same(state: State, other: State) -> bool:
-    return all(ours is theirs for group, others in zip(state, other) for ours, theirs in zip(group, others))
 
 
 def _unshared(state: State) -> State:

@@ -9,6 +9,9 @@ Args:
 """
 
 import itertools
+import json
+import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +20,15 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from keras.src.backend.common import global_state
 from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from keras.src.trainers.compile_utils import CompileLoss
 from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.utils.python_utils import pythonify_logs
+from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED
 
 _TRAINER = next(base for base in keras.Model.__mro__ if "train_step" in vars(base))
 
@@ -403,3 +409,105 @@ def jaxpr_as_function(closed_jaxpr) -> Callable[..., list]:
     from jax.extend.core import jaxpr_as_fun
 
     return jaxpr_as_fun(closed_jaxpr)
+
+
+class RandomState:
+    """The global random generators of Python, NumPy and Keras, as somebody who works alone would find them.
+
+    Args:
+        seed: as `keras.utils.set_random_seed` takes it.
+
+    Keras 3.15: its seed and its generator lie in a private global state.
+    """
+
+    def __init__(self, seed: int):
+        self._seed, self._left = seed, None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """While it lasts, they are this state's, which goes on where it was left; afterwards they are as they were."""
+        before = _random_state()
+        if self._left is None:
+            keras.utils.set_random_seed(self._seed)
+        else:
+            _set_random_state(self._left)
+        try:
+            yield
+        finally:
+            self._left = _random_state()
+            _set_random_state(before)
+
+
+_KERAS_RANDOM = (GLOBAL_RANDOM_SEED, GLOBAL_SEED_GENERATOR)
+
+
+def _random_state() -> tuple:
+    return random.getstate(), np.random.get_state(), [global_state.get_global_attribute(name) for name in _KERAS_RANDOM]
+
+
+def _set_random_state(state: tuple) -> None:
+    python, numpy, of_keras = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    for name, value in zip(_KERAS_RANDOM, of_keras):
+        global_state.set_global_attribute(name, value)
+
+
+_BATCHED_ATTENTION = (0, 11, 1)
+"""The version of JAX from which a kernel library's attention can be vmapped together with its gradient."""
+
+
+@contextmanager
+def attention_to_be_stacked(model) -> Iterator[None]:
+    """Let attention layers compute in plain operations where JAX cannot vmap a kernel library's (before 0.11.1).
+
+    Keras 3.15: what a layer was asked for is private; only GPUs have such a library.
+    """
+    asked = [layer for layer in model._flatten_layers() if getattr(layer, "_flash_attention", False)] if is_model(model) else []
+    if jax.__version_info__ >= _BATCHED_ATTENTION:
+        asked = []
+    for layer in asked:
+        layer._flash_attention = False
+    try:
+        yield
+    finally:
+        for layer in asked:
+            layer._flash_attention = True
+
+
+def plain_config(model) -> str | None:
+    """All that tells a model's steps from another's, None where a part of it is not Keras' own and may hold what no config tells.
+
+    Variables are told apart by shape and dtype only, numbers that Keras gives to names are left out, and so is a learning rate, which is
+    a variable. Keras 3.15: `_flatten_layers` reaches layers within layers.
+    """
+    layers = list(model._flatten_layers()) if model.compiled and model.optimizer is not None else []
+    if not layers or own_step(model) or len(getattr(model, "outputs", None) or ()) != 1 or any(not _is_of_keras(layer) for layer in layers):
+        return None
+    compiled, structure = model.get_compile_config(), model.get_config()
+    optimizer = compiled["optimizer"]["config"]
+    if isinstance(optimizer.get("learning_rate"), float):
+        optimizer["learning_rate"] = None
+    optimizer.pop("name", None)
+    if not _is_told(compiled) or not _is_told(structure):
+        return None
+    text = json.dumps(structure, default=str)
+    numbered = {layer.name for layer in layers if re.search(r"_\d+$", layer.name)}
+    for number, name in enumerate(layer.name for layer in layers if layer.name in numbered):
+        text = text.replace(f'"{name}"', f'"#{number}"')
+    variables = [(variable.shape, variable.dtype, variable.trainable) for variable in model.variables]
+    return f"{text} {json.dumps(compiled, default=str)} {variables} {[layer.trainable for layer in layers]}"
+
+
+def _is_of_keras(part) -> bool:
+    return type(part).__module__.startswith("keras.")
+
+
+def _is_told(config) -> bool:
+    """Whether all that a config names is Keras' own, so that the config says all of it."""
+    if isinstance(config, dict):
+        foreign = "class_name" in config and not str(config.get("module")).startswith("keras")
+        return not foreign and config.get("class_name") != "function" and all(map(_is_told, config.values()))
+    if isinstance(config, (list, tuple)):
+        return all(map(_is_told, config))
+    return config is None or isinstance(config, (bool, int, float, str))

@@ -1,5 +1,6 @@
 """XLA:CPU: what it runs well, and what it is asked for."""
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,7 @@ from parafit.backends.cpu.versions import knows_memory
 from parafit.planner.program import Leaf, Program
 from parafit.support.host_memory import aligned
 from parafit.support.processor import processor_name
+from parafit.tracing.passes import equations
 
 LOOKED_UP_BYTES = 1 << 29
 """At most this much data is copied to be looked up by steps."""
@@ -60,6 +62,13 @@ class CpuBackend(Backend):
 
     def stored(self, program: Program, closed: ClosedJaxpr, leaves: Sequence[Leaf], results: Sequence[Leaf]) -> Program:
         return stored(program, closed, leaves, results)
+
+    def programs_at_once(self) -> int:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def stacks(self, closed: ClosedJaxpr) -> bool:
+        """Convolutions with kernels of each model's own become grouped ones, which XLA:CPU runs many times slower."""
+        return not any(equation.primitive.name == "conv_general_dilated" for equation in equations(closed.jaxpr))
 
     def resident(self, nbytes: int, *, one_device: bool, flops: Callable[[], float], epochs: int) -> bool:
         return one_device and epochs >= LOOKED_UP_EPOCHS and nbytes <= LOOKED_UP_BYTES and flops() >= LOOKUP_WORK
