@@ -6,9 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from parafit.planner.cost.cost import Cost
-from parafit.planner.cost.estimator import Estimator
+from parafit.planner.cost.estimator import Estimator, StagesEstimator, cuts_anywhere
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, is_compiled, peak
+from parafit.planner.cost.pipeline import Tasks
 from parafit.planner.machine.machine import Machine
 from parafit.planner.partition import Partition, Share
 from parafit.planner.plan import Plan
@@ -38,6 +39,7 @@ class Prices:
         self.program, self.machine, self.software = program, machine, software or Software()
         self._traits = _Traits(program)
         self._memo: dict[Hashable, Any] = {}
+        self._stages: dict[Hashable, Any] = {}
 
     @cached_property
     def state_bytes(self) -> float:
@@ -60,28 +62,38 @@ class Prices:
         """The price of a plan."""
         return self._estimator(plan).cost()
 
+    def at_least(self, plan: Plan) -> Cost:
+        """The same, a pipeline by what its schedule takes at least."""
+        return self._estimator(plan).cost(simulated=False)
+
     def peak_bytes(self, plan: Plan) -> int:
         """The bytes of the price alone."""
         return math.ceil(math.fsum(self._estimator(plan).memory().values()))
 
     def least_seconds(self, plan: Plan) -> float:
-        """What a plan takes at least: its microbatches, on stages that are all equally long, and no exchange of gradients."""
-        estimator = self._estimator(plan)
-        parts = [estimator.microbatch(place) for place in ("first", "blocks", "last")]
-        totals = [sum(part.values()) for part in parts]
-        whole = totals[0] + estimator.blocks * totals[1] + totals[2]
-        longest = whole / estimator.stages
-        return longest * estimator.partition.rounds + (whole - longest) / plan.interleave
+        """What a plan takes at least: its microbatches, and no exchange of gradients."""
+        return math.fsum(self._estimator(plan).pipelined(simulated=False)[0].values())
 
-    def _estimator(self, plan: Plan) -> "_RememberedEstimator":
-        return _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
+    def _estimator(self, plan: Plan) -> Estimator:
+        whole = _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
+        return _RememberedStages(whole, self.of_stage) if cuts_anywhere(self.program, plan) else whole
+
+    def of_stage(self, program: Program, plan: Plan) -> Estimator:
+        """The estimator of a program that is what a plan's pipeline has on one stage or device."""
+        key = tuple(map(id, program.operations))
+        if key not in self._stages:
+            self._stages[key] = (program, {}, _Traits(program))
+        known, memo, traits = self._stages[key]
+        return _RememberedEstimator(known, plan, self.machine, self.software, memo, traits, is_stage=True)
 
 
 class _RememberedEstimator(Estimator):
     """`Estimator` that looks into `memo` before it works a part out."""
 
-    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits"):
-        super().__init__(program, plan, machine, software)
+    def __init__(
+        self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits", *, is_stage: bool = False
+    ):
+        super().__init__(program, plan, machine, software, is_stage=is_stage)
         self.memo = memo
         axis = plan.compute.get("batch", "")
         others = {name: self.reach(name) for name in plan.axes if name not in (axis, "pipeline")}
@@ -97,7 +109,7 @@ class _RememberedEstimator(Estimator):
             tuple(plan.store.items()),
             plan.store_group,
             plan.axes.get(axis),
-            self.stages,
+            self.devices,
             plan.recompute,
         )
         self.partition = _RememberedPartition(self.program, plan, self)
@@ -112,8 +124,11 @@ class _RememberedEstimator(Estimator):
             self.memo[key] = work()
         return self.memo[key]
 
-    def microbatch(self, place: str) -> dict[str, float]:
-        return dict(self.remember(("microbatch", place, self.pass_key), lambda: super(_RememberedEstimator, self).microbatch(place)))
+    def tasks(self, place: str) -> Tasks:
+        return self.remember(("tasks", place, self.pass_key), lambda: super(_RememberedEstimator, self).tasks(place))
+
+    def sums(self, place: str) -> dict[str, float]:
+        return self.remember(("sums", place, self.pass_key), lambda: super(_RememberedEstimator, self).sums(place))
 
     def cut(self, totals) -> tuple[int, int, int]:
         return self.remember(("cut", self.stages, *totals.values()), lambda: super(_RememberedEstimator, self).cut(totals))
@@ -122,8 +137,8 @@ class _RememberedEstimator(Estimator):
         far = self.pass_key if self.machine.device.curves else None  # how far state is away, there, depends on all that a step touches
         return dict(self.remember(("update", self.state_key, far), super().updated))
 
-    def memory(self) -> dict[str, float]:
-        found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts())]
+    def memory(self, *, in_flight: float = 1) -> dict[str, float]:
+        found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts(in_flight))]
         parts = max(found, key=lambda part: sum(part.values()))
         parts["communication"] = self.buffer_bytes()
         parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
@@ -154,6 +169,18 @@ class _RememberedEstimator(Estimator):
         resting = remembered(("state", place, stage.block_share, self.state_key), "parameters", "slots", "state")
         resting |= remembered(gradients, "gradients")
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
+
+
+class _RememberedStages(StagesEstimator):
+    """`StagesEstimator` that remembers how it cut, and the parts of its stages."""
+
+    def __init__(self, whole: _RememberedEstimator, of_stage: Callable[[Program, Plan], Estimator]):
+        plan = whole.plan
+        super().__init__(whole.program, plan, whole.machine, whole.software, part=lambda program: of_stage(program, plan))
+        self.partition, self.remembered = whole.partition, whole
+
+    def cut_pieces(self) -> tuple[tuple[Program, ...], tuple[float, ...]]:
+        return self.remembered.remember(("pieces", self.stages, self.remembered.pass_key), super().cut_pieces)
 
 
 class _RememberedPartition(Partition):
