@@ -52,6 +52,12 @@ ALPA = replace(SUMMED, precision="float16", overlap_gradients=False, prefetch=()
 """XLA of 2022 waits for each collective."""
 
 
+def megatron_core(plan: Plan) -> Software:
+    """What Megatron-Core does under a plan: only its schedule with chunks computes while it sends (arguments.py, overlap_p2p_comm; from
+    memory)."""
+    return replace(MEGATRON_CORE, overlap_sends=plan.interleave > 1)
+
+
 def nanotron(shape: Transformer, plan: Plan, hosts: int) -> Software:
     """What nanotron does under a plan.
 

@@ -12,7 +12,7 @@ from benchmarks.published_software import (
     BIGSCIENCE,
     FOUNDRY,
     MEGATRON_2021,
-    MEGATRON_CORE,
+    megatron_core,
     MEGATRON_LOSS,
     SUMMED,
     TRITON_ATTENTION,
@@ -169,8 +169,8 @@ def _megatron_core(row: Row) -> Case:
     ]
     if not plans:
         raise SkippedError("layout not given, and tensor 8 with pipeline 6 does not divide the batch")
-    common = {"shape": shape, "machine": _cluster("h100x8", row), "software": MEGATRON_CORE, "seconds": seconds, "fits": True}
-    cases = [Case(table=table, sweep="", plan=plan, label=row["model"], **common) for plan in plans]
+    common = {"shape": shape, "machine": _cluster("h100x8", row), "seconds": seconds, "fits": True}
+    cases = [Case(table=table, sweep="", plan=plan, software=megatron_core(plan), label=row["model"], **common) for plan in plans]
     prices = [(case, price_of(case)) for case in cases]
     fitting = [pair for pair in prices if pair[1].peak_bytes <= pair[0].machine.device.memory_bytes]
     return min(fitting or prices, key=lambda pair: pair[1].seconds)[0]

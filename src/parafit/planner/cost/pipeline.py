@@ -79,17 +79,28 @@ class Pipeline:
         """
         if self.devices == 1:
             return self.device_parts(0), None
+        busy = self.busy_seconds()
+        busiest = max(range(self.devices), key=busy.__getitem__)
+        parts, computing = self.device_parts(busiest), self.partition.turns * busy[busiest]
+        if not simulated:
+            return parts | {"bubble": max(0.0, self.makespan_at_least() - computing)}, None
+        whole, quiet, still = self.timelines(self.task_times)
+        merge(parts, {"send pipeline": quiet.makespan - still.makespan, "dispatch": whole.makespan - quiet.makespan})
+        return parts | {"bubble": max(0.0, still.makespan - computing)}, whole
+
+    def busy_seconds(self) -> list[float]:
+        """What one microbatch takes on each device."""
         times = self.task_times
         each = list(map(sum, zip(times.forward, times.backward, times.weights)))
-        busy = [sum(each[device :: self.devices]) for device in range(self.devices)]
-        busiest = max(range(self.devices), key=busy.__getitem__)
-        parts, turns = self.device_parts(busiest), self.partition.turns
-        if not simulated:
-            least = least_makespan(self.plan.schedule, times, devices=self.devices, microbatches=turns)
-            return parts | {"bubble": max(0.0, least - turns * busy[busiest])}, None
-        whole, quiet, still = self.timelines(times)
-        merge(parts, {"send pipeline": quiet.makespan - still.makespan, "dispatch": whole.makespan - quiet.makespan})
-        return parts | {"bubble": max(0.0, still.makespan - turns * busy[busiest])}, whole
+        return [sum(each[device :: self.devices]) for device in range(self.devices)]
+
+    def makespan_at_least(self) -> float:
+        """Seconds of all microbatches, if there are so many equal ones, by what the schedule takes at least."""
+        return least_makespan(self.plan.schedule, self.task_times, devices=self.devices, microbatches=self.partition.turns)
+
+    def least_seconds(self) -> float:
+        """The same with microbatches as they are."""
+        return self.makespan_at_least() + max(self.busy_seconds()) * (self.partition.rounds - self.partition.turns)
 
     def timelines(self, times: TaskTimes) -> tuple[Timeline, Timeline, Timeline]:
         """When the tasks of the plan's grid run; the same if starting them took nothing; and if sending took nothing either."""
@@ -117,6 +128,10 @@ class Pipeline:
     @cached_property
     def task_times(self) -> TaskTimes:
         """What each stage's tasks take."""
+        return self.timed()
+
+    def timed(self) -> TaskTimes:
+        """The same, worked out."""
         sums = [self.stage_sums(stage) for stage in range(self.stages)]
         return TaskTimes(
             forward=tuple(each["F"] + self.blocked(stage) for stage, each in enumerate(sums)),

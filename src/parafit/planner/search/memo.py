@@ -14,6 +14,7 @@ from parafit.planner.machine.machine import Machine
 from parafit.planner.partition import Partition, Share
 from parafit.planner.plan import Plan
 from parafit.planner.program import Operation, Program
+from parafit.planner.schedules.times import TaskTimes
 
 
 class Prices:
@@ -71,12 +72,21 @@ class Prices:
         return math.ceil(math.fsum(self._estimator(plan).memory().values()))
 
     def least_seconds(self, plan: Plan) -> float:
-        """What a plan takes at least: its microbatches, and no exchange of gradients."""
-        return math.fsum(self._estimator(plan).pipelined(simulated=False)[0].values())
+        """What a plan takes at least: its microbatches by what its schedule takes at least, and no exchange of gradients."""
+        estimator = self._estimator(plan)
+        return estimator.least_seconds() if estimator.devices > 1 else self.even_seconds(plan)
+
+    def even_seconds(self, plan: Plan) -> float:
+        """The same if its stages were all equally long, and never waited."""
+        estimator = self._whole(plan)
+        return estimator.step_seconds * estimator.partition.rounds / estimator.devices
 
     def _estimator(self, plan: Plan) -> Estimator:
-        whole = _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
+        whole = self._whole(plan)
         return _RememberedStages(whole, self.of_stage) if cuts_anywhere(self.program, plan) else whole
+
+    def _whole(self, plan: Plan) -> "_RememberedEstimator":
+        return _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
 
     def of_stage(self, program: Program, plan: Plan) -> Estimator:
         """The estimator of a program that is what a plan's pipeline has on one stage or device."""
@@ -130,6 +140,16 @@ class _RememberedEstimator(Estimator):
     def sums(self, place: str) -> dict[str, float]:
         return self.remember(("sums", place, self.pass_key), lambda: super(_RememberedEstimator, self).sums(place))
 
+    @property
+    def step_seconds(self) -> float:
+        """All of one microbatch."""
+        counts = {"first": 1, "blocks": self.blocks, "last": 1}
+        return math.fsum(count * sum(self.sums(place).values()) for place, count in counts.items())
+
+    def timed(self) -> TaskTimes:
+        key = ("timed", self.pass_key, self.devices, self.stages, self.devices_inside, self.plan.compute.get("sequence"))
+        return self.remember(key, super().timed)
+
     def cut(self, totals) -> tuple[int, int, int]:
         return self.remember(("cut", self.stages, *totals.values()), lambda: super(_RememberedEstimator, self).cut(totals))
 
@@ -178,6 +198,10 @@ class _RememberedStages(StagesEstimator):
         plan = whole.plan
         super().__init__(whole.program, plan, whole.machine, whole.software, part=lambda program: of_stage(program, plan))
         self.partition, self.remembered = whole.partition, whole
+
+    def timed(self) -> TaskTimes:
+        one = self.remembered
+        return one.remember(("timed", one.pass_key, one.devices, one.stages, one.devices_inside), super().timed)
 
     def cut_pieces(self) -> tuple[tuple[Program, ...], tuple[float, ...]]:
         return self.remembered.remember(("pieces", self.stages, self.remembered.pass_key), super().cut_pieces)

@@ -154,11 +154,13 @@ class _Search:
                     heapq.heappush(heap, (lowest, next(order), expand, plan))
 
         def schedules(mesh: Plan) -> None:
-            push(self.floors.schedule, stores, self.candidates.schedules(mesh))
+            push(self.floors.schedule, orders if "pipeline" in mesh.axes else stores, self.candidates.schedules(mesh))
+
+        def orders(schedule: Plan) -> None:
+            push(self.floors.order, stores, self.candidates.orders(schedule))
 
         def stores(schedule: Plan) -> None:
-            for plan in self.candidates.stores(schedule):
-                self.consider(plan)
+            push(self.least, self.keep, filter(self.fits, self.candidates.stores(schedule)))
 
         push(self.floors.mesh, schedules, self.candidates.meshes())
         while heap and heap[0][0] <= self.threshold[0]:
@@ -166,12 +168,22 @@ class _Search:
             expand(plan)
         return self
 
-    def consider(self, plan: Plan) -> None:
-        """Price a plan if it fits, and keep it if it is its mesh's best."""
+    def fits(self, plan: Plan) -> bool:
+        """Whether a plan fits; the first of a mesh that does not is noted."""
         self.priced += 1
+        fits = self.prices.peak_bytes(plan) <= self.limit
+        if not fits:
+            self.unfit.setdefault(tuple(plan.axes.items()), plan)
+        return fits
+
+    def least(self, plan: Plan) -> float:
+        """What a plan takes at least: of a pipeline before its schedule is simulated, of others what it takes."""
+        return (1 - 1e-9) * value(Choice(plan=plan, cost=self.prices.at_least(plan)), self.goal)[0]
+
+    def keep(self, plan: Plan) -> None:
+        """Price a plan, and keep it if it is its mesh's best."""
         mesh = tuple(plan.axes.items())
-        if self.prices.peak_bytes(plan) > self.limit:
-            self.unfit.setdefault(mesh, plan)
+        if mesh in self.best and self.least(plan) > self.rank(self.best[mesh])[0]:
             return
         choice = Choice(plan=plan, cost=self.prices.of(plan))
         if mesh not in self.best or self.rank(choice) < self.rank(self.best[mesh]):
@@ -205,7 +217,11 @@ class _Floors:
         return self._floor(plan, self.arithmetic_seconds / plan.device_count)
 
     def schedule(self, plan: Plan) -> float:
-        """Its microbatches on stages that are all equally long; or all state shared out evenly."""
+        """Its microbatches on stages that are all equally long and never wait; or all state shared out evenly."""
+        return self._floor(plan, self.prices.even_seconds(plan) if self.goal != "memory" else 0.0)
+
+    def order(self, plan: Plan) -> float:
+        """What no order of these tasks on its stages can beat; or all state shared out evenly."""
         return self._floor(plan, self.prices.least_seconds(plan) if self.goal != "memory" else 0.0)
 
     def _floor(self, plan: Plan, seconds: float) -> float:
