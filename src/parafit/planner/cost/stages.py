@@ -78,19 +78,22 @@ def _separable(one: Operation, following: Operation) -> bool:
 
 def _places(program: Program) -> list[int]:
     """Where each operation is in the chain; an update is where its parameter is first used."""
-    uses, written, places, count = defaultdict[str, list[int]](list), dict[str, int](), list[int](), 0
+    uses, written, first = defaultdict[str, list[int]](list), dict[str, int](), dict[str, int]()
+    places, count = list[int](), 0
     for operation in program.operations:
         if operation.phase == "forward":
             place, count = count, count + 1
             for name in (*operation.inputs, *operation.outputs):
                 uses[name].append(place)
+                first.setdefault(name, place)
         elif operation.phase == "backward":
             place = _backward_place(operation, uses, written, count - 1)
         else:
-            found = [place for name in operation.inputs for place in (uses[name][:1] or [written[name]] * (name in written))]
-            place = min(found, default=0)
-        if operation.phase != "forward":
-            written.update(dict.fromkeys(operation.outputs, place))
+            place = max((first[name] for name in operation.inputs if name in first), default=0)
+            first |= dict.fromkeys(operation.outputs, place)
+        if operation.phase == "backward":
+            written |= dict.fromkeys(operation.outputs, place)
+            first |= dict.fromkeys(operation.outputs, place)
         places.append(place)
     return places
 
