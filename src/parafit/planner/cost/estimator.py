@@ -56,15 +56,23 @@ class Estimator(Pipeline):
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = (), is_stage: bool = False):
         program = (plan.recompute == "blocks" and program.recomputed) or program
-        super().__init__(program, plan, machine, software, Partition(program, plan, cut, flat_state=software.flat_state))
+        super().__init__(program, plan, machine, software, self.split(program, plan, cut, software.flat_state))
         self.pipelines = self.devices > 1
         if is_stage:
             self.devices = self.stages = 1
         self.precision = software.precision or plan.precision
         self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
-        self.places = _places(program)
         measured = Measured(program, self.partition, machine.device, self.precision, lambda: self.reach_bytes)
         self.measured = measured if machine.device.curves else None
+
+    def split(self, program: Program, plan: Plan, cut: Sequence[Piece], flat_state: bool) -> Partition:
+        """What each device does."""
+        return Partition(program, plan, cut, flat_state=flat_state)
+
+    @cached_property
+    def places(self) -> list[str]:
+        """Where each operation is: "first", before the blocks; in one of the "blocks"; "last", after them."""
+        return _places(self.program)
 
     @cached_property
     def reach_bytes(self) -> float:

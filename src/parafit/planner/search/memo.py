@@ -1,7 +1,7 @@
 """Prices of many plans of one program on one machine: what the plans have in common is worked out once. Plain Python."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ from parafit.planner.cost.estimator import Estimator, StagesEstimator, cuts_anyw
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, is_compiled, peak
 from parafit.planner.cost.pipeline import Tasks
+from parafit.planner.layout import Piece
 from parafit.planner.machine.machine import Machine
 from parafit.planner.partition import Partition, Share
 from parafit.planner.plan import Plan
@@ -122,7 +123,9 @@ class _RememberedEstimator(Estimator):
             self.devices,
             plan.recompute,
         )
-        self.partition = _RememberedPartition(self.program, plan, self)
+
+    def split(self, program: Program, plan: Plan, cut: Sequence[Piece], flat_state: bool) -> Partition:
+        return _RememberedPartition(program, plan, self, flat_state)
 
     def reach(self, axis: str) -> tuple:
         """What a collective along an axis depends on."""
@@ -208,8 +211,8 @@ class _RememberedStages(StagesEstimator):
 
 
 class _RememberedPartition(Partition):
-    def __init__(self, program: Program, plan: Plan, estimator: _RememberedEstimator):
-        super().__init__(program, plan, flat_state=estimator.software.flat_state)
+    def __init__(self, program: Program, plan: Plan, estimator: _RememberedEstimator, flat_state: bool):
+        super().__init__(program, plan, flat_state=flat_state)
         self.estimator = estimator
 
     def of(self, operation: Operation) -> Share:

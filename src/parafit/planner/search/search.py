@@ -9,8 +9,9 @@
                                                            Candidates.meshes, schedules
                 store layouts: ZeRO 0 to 3, over the axis or inside a host
                                                            Candidates.stores
-                microbatches, recomputation, chunks of a pipeline stage, precision
-                                                           Candidates.schedules
+                microbatches, recomputation, precision     Candidates.schedules
+                the order of a pipeline's tasks, and stages a device
+                                                           Candidates.orders
 
     subject to  pipeline × data × tensor ≤ the devices of the machine (fewer devices may be fastest)
                                                            Candidates.meshes
@@ -18,14 +19,15 @@
                                                            Candidates.meshes, layout.resolve
                 microbatches are split over data where it divides them, else whole on each device; a batch whose rows depend
                 on each other is not cut                   layout.pieces, Candidates.schedules
-                a pipeline has no more chunks than blocks; its stages divide its microbatches where it has several chunks
-                                                           Candidates.schedules
+                a pipeline has no more stages than blocks or places to cut; its devices divide its microbatches where each has
+                several stages                             Candidates.meshes, orders
                 bytes on the fullest device ≤ its memory, and ≤ max_bytes
                                                            memory.peak
                 only techniques that are allowed           Candidates
 
-The optimum is exact. A mesh is expanded into schedules, a schedule into plans, always the one first whose floor is lowest; a floor is
-what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen.
+The optimum is exact. A mesh is expanded into schedules, a schedule into orders and plans, always the one first whose floor is lowest; a floor
+is what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen. A pipeline has
+its grid simulated last: before, it goes by what its schedule takes at least (`schedules.bounds`).
 """
 
 import heapq
@@ -41,9 +43,10 @@ from parafit.planner.plan import Plan
 from parafit.planner.program import Program
 from parafit.planner.search.limits import limits
 from parafit.planner.search.memo import Prices
-from parafit.planner.search.ranking import GOALS, Choice, Ranking, gibibytes, value, why_not
-from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
+from parafit.planner.search.ranking import GOALS, Choice, Ranking, value, why_not
+from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, is_half, techniques
 from parafit.support.arguments import did_you_mean
+from parafit.support.units import gibibytes
 
 SHOWN = 4
 """Meshes that are searched to the end: the best and three runners-up."""
@@ -60,6 +63,7 @@ def search(
     max_bytes: float | None = None,
     allow: Iterable[str] | None = None,
     software: Software | None = None,
+    runs: frozenset[str] | None = None,
 ) -> Ranking:
     """The best plan, the runners-up, and why each lost.
 
@@ -70,6 +74,7 @@ def search(
         max_bytes: what a device may hold; default: its memory.
         allow: names of `space.TECHNIQUES` that may be used; default: all that leave the numbers as they are.
         software: what the framework does, where it is not parafit.
+        runs: techniques that are run and not only priced: plans that have others are marked, and the best that has none is named.
 
     Raises:
         PlanError: an unknown goal or technique, or no plan fits into memory: the smallest plan, and what it needs.
@@ -102,6 +107,8 @@ def search(
         software=software,
         priced=found.priced,
         limits=limits(candidates, software, best.plan, best.cost.seconds),
+        runs=runs,
+        runnable=_runnable(prices, found, best, runs),
     )
 
 
@@ -228,6 +235,15 @@ class _Floors:
         if self.goal == "memory":
             return self.prices.state_bytes / plan.device_count
         return (1 - 1e-9) * seconds * (plan.device_count if self.goal == "cost" else 1)  # sums in another order round otherwise
+
+
+def _runnable(prices: Prices, done: _Search, best: Choice, runs: frozenset[str] | None) -> Choice | None:
+    """The best plan that has only techniques that are run, where the best of all has others."""
+    if runs is None or techniques(best.plan) <= runs:
+        return None
+    some = Candidates(prices.program, prices.machine, done.candidates.allow & runs)
+    found = _Search(some, prices, done.goal, done.limit, shown=1)
+    return min(found.run().best.values(), key=found.rank, default=None)
 
 
 def _refused(program: Program, machine: Machine, prices: Prices, done: _Search, best: Choice) -> list[Choice]:
