@@ -47,8 +47,21 @@ def price(program: Program, plan: Plan, machine: Machine, *, software: Software 
     >>> abs(sum(cost.times.values()) - cost.seconds) < 1e-12
     True
     """
+    return estimator(program, plan, machine, software or Software()).cost()
+
+
+def estimator(program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()) -> "Estimator":
+    """What works a price out.
+
+    Args:
+        program: what one step computes.
+        plan: who does it.
+        machine: what computes.
+        software: what the framework does.
+        cut: the microbatches; default: as the plan cuts the program's batch.
+    """
     kind = StagesEstimator if cuts_anywhere(program, plan) else Estimator
-    return kind(program, plan, machine, software or Software()).cost()
+    return kind(program, plan, machine, software, cut=cut)
 
 
 class Estimator(Pipeline):
@@ -301,10 +314,11 @@ class StagesEstimator(Estimator):
         machine: Machine,
         software: Software,
         *,
+        cut: Sequence[Piece] = (),
         part: Callable[[Program], Estimator] | None = None,
     ):
-        super().__init__(program, plan, machine, software)
-        self.part = part or (lambda stage: Estimator(stage, plan, machine, software, is_stage=True))
+        super().__init__(program, plan, machine, software, cut=cut)
+        self.part = part or (lambda stage: Estimator(stage, plan, machine, software, cut=cut, is_stage=True))
 
     @cached_property
     def pieces(self) -> tuple[tuple[Program, ...], tuple[float, ...]]:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from parafit.planner.cost.estimator import Estimator
+from parafit.planner.cost.estimator import estimator
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.stages import is_counted
 from parafit.planner.layout import Piece, kernel_dims, undivided
@@ -44,7 +44,7 @@ def _batch(candidates: Candidates, software: Software, plan: Plan, seconds: floa
         plan, axes={axis: each for axis, each in axes.items() if each > 1}, compute={AXES["data"]: "data", **plan.compute}, store_group=0
     )
     rows = batch / plan.microbatches
-    even = Estimator(
+    even = estimator(
         candidates.program, wider, candidates.machine, software, cut=(Piece(count=plan.microbatches, rows=rows, devices=most),)
     )
     faster = even.cost().seconds
