@@ -166,9 +166,7 @@ def chain(layers, *, counted, width=512, rows=4096, tied=False):
     operations = (*forward, *backward, *update)
     names = dict.fromkeys(name for operation in operations for name in (*operation.inputs, *operation.outputs))
     tensors = {name: tensor(name, roles[name[0]], count) for name in names}
-    return Program(
-        name="chain", operations=operations, tensors=tensors, sizes={"batch": rows, "wide": width, "in": width, "out": width}
-    )
+    return Program(name="chain", operations=operations, tensors=tensors, sizes={"batch": rows, "wide": width, "in": width, "out": width})
 
 
 QUIET = Machine.load("a100x8").of(4)
@@ -213,7 +211,7 @@ def test_memory_in_flight_is_what_the_schedule_keeps(counted):
 
 @pytest.mark.parametrize(("layers", "stages"), [(7, 2), (7, 3), (10, 4), (5, 5)])
 def test_a_program_is_cut_whether_its_stages_divide_it_or_not(layers, stages):
-    found = price(chain(layers, counted=False), plan(pipeline=stages, microbatches=8), QUIET)
+    found = price(chain(layers, counted=False), plan(pipeline=stages, microbatches=8), dataclasses.replace(QUIET, devices_per_host=8))
     busy = found.timeline.busy
     one = max(busy) / -(-layers // stages)
     assert sum(busy) == pytest.approx(layers * one, rel=0.01)

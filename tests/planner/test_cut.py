@@ -54,7 +54,9 @@ def test_the_best_cut_of_all_is_found(chain, stages, data):
     fitting = [bounds for bounds in every if all(size <= limit for size, limit in zip(kept(chain, bounds, in_flight), limits))]
     if not fitting:
         least = min((max(size - limit for size, limit in zip(kept(chain, bounds, in_flight), limits)) for bounds in every), default=None)
-        with pytest.raises(PlanError, match=f" {gibibytes(least)} more than its device may" if every else "places to cut, and the network has"):
+        with pytest.raises(
+            PlanError, match=f" {gibibytes(least)} more than its device may" if every else "places to cut, and the network has"
+        ):
             balance(chain, stages=stages, limits=limits, in_flight=in_flight)
         return
     cut = balance(chain, stages=stages, limits=limits, in_flight=in_flight)

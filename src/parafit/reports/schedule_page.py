@@ -98,7 +98,9 @@ def _box(timeline: Timeline, task: Task, span: tuple[float, float], y: float, wi
     number = str(task.microbatch)
     if width < 7 * len(number) + 2:
         return box
-    return box + f'<text x="{left + width / 2:.2f}" y="{y + 14:g}" text-anchor="middle" fill="#ffffff" pointer-events="none">{number}</text>'
+    return (
+        box + f'<text x="{left + width / 2:.2f}" y="{y + 14:g}" text-anchor="middle" fill="#ffffff" pointer-events="none">{number}</text>'
+    )
 
 
 def _label(x: float, y: float, words: str, *, end: bool = False) -> str:

@@ -67,7 +67,9 @@ def estimator(program: Program, plan: Plan, machine: Machine, software: Software
 class Estimator(Pipeline):
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
-    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = (), is_stage: bool = False):
+    def __init__(
+        self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = (), is_stage: bool = False
+    ):
         program = (plan.recompute == "blocks" and program.recomputed) or program
         super().__init__(program, plan, machine, software, self.split(program, plan, cut, software.flat_state))
         self.pipelines = self.devices > 1
@@ -106,7 +108,9 @@ class Estimator(Pipeline):
         times, timeline = self.pipelined(simulated=simulated)
         for part in (self.updated(), self.reduced(times), self.gathered(times)):
             merge(times, part)
-        merge(times, {"dispatch": self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds})
+        merge(
+            times, {"dispatch": self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds}
+        )
         if self.measured:
             times["feed"] = self.measured.feed_seconds(self.software.steps_per_dispatch)
             times["operations"] = self.measured.starting_seconds() / self.devices
@@ -286,9 +290,7 @@ class Estimator(Pipeline):
         *others, last = [sum(self.counts[device :: self.devices]) for device in range(self.devices)]
         kept = self.in_flight()
         shares = [count / self.blocks - 1e-9 for count in (max(others), last)]  # whole numbers of blocks stay whole
-        return [
-            Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (kept[0], kept[-1]))
-        ]
+        return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (kept[0], kept[-1]))]
 
     def buffer_bytes(self) -> float:
         """Blocks of parameters gathered ahead, and one block's gradients before they are scattered (ZeRO 3)."""

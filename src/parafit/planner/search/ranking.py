@@ -74,7 +74,9 @@ class Ranking:
 
     def table(self) -> str:
         """The price of the best plan and the runners-up, as text."""
-        return "\n".join([_price_line(self), *_idle_line(self), *(f"limit   {each}" for each in self.limits), *_runs_line(self), *_table(self)])
+        return "\n".join(
+            [_price_line(self), *_idle_line(self), *(f"limit   {each}" for each in self.limits), *_runs_line(self), *_table(self)]
+        )
 
     def only_priced(self, plan: Plan) -> list[str]:
         """The techniques of a plan that this version prices and does not run."""
