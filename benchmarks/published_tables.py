@@ -12,11 +12,11 @@ from benchmarks.published_software import (
     BIGSCIENCE,
     FOUNDRY,
     MEGATRON_2021,
-    megatron_core,
     MEGATRON_LOSS,
     SUMMED,
     TRITON_ATTENTION,
     SkippedError,
+    megatron_core,
     nanotron,
 )
 from parafit.planner.cost.cost import Cost

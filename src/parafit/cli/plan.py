@@ -89,8 +89,8 @@ def plan_text(
     timeline = plan.ranking.best.cost.timeline
     if trace and timeline is None:
         raise PlanError(
-            f"the best plan is {plan.short()!r}, which has no pipeline, so there is no timeline to write to {str(trace)!r}. Leave --trace out, "
-            "or allow little else than a pipeline, such as with --allow pipeline,microbatches."
+            f"the best plan is {plan.short()!r}, which has no pipeline, so there is no timeline to write to {str(trace)!r}. "
+            "Leave --trace out, or allow little else than a pipeline, such as with --allow pipeline,microbatches."
         )
     pieces = [str(plan)] + ([explain(plan, instead)] if instead else [])
     if out:

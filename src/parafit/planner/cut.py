@@ -127,8 +127,8 @@ def _too_large(chain: "_Chain", limits: Sequence[float]) -> PlanError:
     first, last = cut.starts[stage], (*cut.starts[1:], len(chain.units))[stage] - 1
     names = " to ".join(dict.fromkeys([chain.units[first].name, chain.units[last].name]))
     return PlanError(
-        f"no cut into {len(limits)} stages fits: at best, stage {stage} ({names}) keeps {gibibytes(cut.nbytes[stage])}, {gibibytes(excess)} more "
-        "than its device may. Use more stages, recompute activations, or split state."
+        f"no cut into {len(limits)} stages fits: at best, stage {stage} ({names}) keeps {gibibytes(cut.nbytes[stage])}, "
+        f"{gibibytes(excess)} more than its device may. Use more stages, recompute activations, or split state."
     )
 
 

@@ -5,7 +5,7 @@ The grid is the one that runs. Parts of a price are those of the device that com
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -61,7 +61,7 @@ class Pipeline:
 
     def stage_sums(self, stage: int) -> dict[str, float]:
         """The same by kind of task."""
-        found = dict.fromkeys(SPLIT_BACKWARD, 0.0)
+        found: dict[str, float] = dict.fromkeys(SPLIT_BACKWARD, 0.0)
         for place, count in self.stage_places(stage):
             merge(found, {kind: value * count for kind, value in self.sums(place).items()})
         return found
@@ -150,7 +150,7 @@ class Pipeline:
 
     @cached_property
     def hops(self) -> list[tuple[float, float]]:
-        """Of each boundary between stages what keeps from computing, and what does not: in a host, or between hosts where one ends there."""
+        """Seconds at each boundary between stages that keep from computing, and that do not: in a host, or between two where one ends."""
         inside, found, remembered = self.devices_inside, [], {}
         for stage in range(self.stages - 1):
             one, other = stage % self.devices, (stage + 1) % self.devices
@@ -177,12 +177,12 @@ class Pipeline:
         """Blocks of each stage, so that the slowest is as quick as can be. Where times depend on memory, stages are taken to be equal."""
         if self.stages == 1:
             return [self.blocks]
-        most = math.ceil(self.blocks / self.stages)
         if self.software.equal_stages:
+            most = math.ceil(self.blocks / self.stages)
             return [max(0, min(most, self.blocks - stage * most)) for stage in range(self.stages)]
-        first, middle, last = most, most, max(0, self.blocks - most * (self.stages - 1))
-        if not self.machine.device.curves:
-            first, middle, last = self.cut({place: sum(self.sums(place).values()) for place in ("first", "blocks", "last")})
+        if self.machine.device.curves:
+            return _spread(self.blocks, self.stages)
+        first, _, last = self.cut({place: sum(self.sums(place).values()) for place in ("first", "blocks", "last")})
         return [first, *_spread(self.blocks - first - last, self.stages - 2), last]
 
     def cut(self, totals: Mapping[str, float]) -> tuple[int, int, int]:
@@ -236,7 +236,7 @@ def merge(times: dict[str, float], more: Mapping[str, float]) -> dict[str, float
     return times
 
 
-def _spread(count: int, over: int) -> Sequence[int]:
+def _spread(count: int, over: int) -> list[int]:
     """So many as evenly as can be.
 
     >>> _spread(5, 3)

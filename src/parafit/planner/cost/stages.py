@@ -1,7 +1,7 @@
 """The stages of a program whose blocks are not counted: where each operation is in the chain, and a program for each stage. Plain Python.
 
-The chain is the forward pass in the order it runs. An operation of the backward pass belongs where the forward operation is whose results or
-parameters it reads, of several the last one before that from which the gradient comes to it.
+The chain is the forward pass in the order it runs. An operation of the backward pass belongs where the forward operation is whose results
+or parameters it reads, of several the last one before that from which the gradient comes to it.
 """
 
 from bisect import bisect_right

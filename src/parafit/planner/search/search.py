@@ -25,9 +25,9 @@
                                                            memory.peak
                 only techniques that are allowed           Candidates
 
-The optimum is exact. A mesh is expanded into schedules, a schedule into orders and plans, always the one first whose floor is lowest; a floor
-is what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen. A pipeline has
-its grid simulated last: before, it goes by what its schedule takes at least (`schedules.bounds`).
+The optimum is exact. A mesh is expanded into schedules, a schedule into orders and plans, always the one first whose floor is lowest; a
+floor is what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen. The grid
+of a pipeline is simulated last: before, it goes by what its schedule takes at least (`schedules.bounds`).
 """
 
 import heapq
