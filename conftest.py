@@ -40,7 +40,7 @@ def _same_start():
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path_factory):
-    """Scores of the tests' fits stay out of the user's, and the user's calibration out of the tests. What takes long to make is shared."""
+    """Tests neither see nor change the user's calibration and scores. What takes long to make, they share with the user."""
     own = tmp_path_factory.mktemp("cache")
     for name in ("matplotlib", "parafit/programs"):
         (_CACHE / name).mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def _own_cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def calibrated():
-    """Counts this machine as calibrated from when it is called: with the numbers that it was found to have."""
+    """A function that makes this machine count as calibrated, with the numbers that were found out without measuring."""
 
     def write():
         detect.machine_path().parent.mkdir()

@@ -62,7 +62,7 @@ def test_the_short_last_batch_of_many_is_compiled_quickly(batch_size, seldom):
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
 def test_both_programs_of_a_run_are_compiled_side_by_side(verb):
     class Pair(CpuBackend):
-        """Compiles a program when it was given another, too."""
+        """Compiles nothing until it was given two programs."""
 
         both = threading.Barrier(2, timeout=60)
 

@@ -15,7 +15,7 @@ from parafit.backends.backend import Backend
 from parafit.backends.cpu.backend import CpuBackend
 from parafit.execution import compiled
 from parafit.placement import Lookup
-from tests.zoo import ZOO
+from tests.models import ZOO
 
 CUDNN = ("sequence",)
 """Keras computes an LSTM on a GPU by cuDNN, which cannot be traced where CUDA is not installed: here it traces the CPU's."""

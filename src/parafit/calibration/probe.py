@@ -83,7 +83,12 @@ class Probe:
 
 
 def numbers(*shape: int, dtype: str = "float32") -> np.ndarray:
-    """An array of halves, for a probe to start with."""
+    """An array of halves, for a probe to start with.
+
+    Args:
+        shape: shape of the array.
+        dtype: dtype of the array.
+    """
     return np.full(shape, 0.5, jnp.dtype(dtype))
 
 

@@ -1,4 +1,14 @@
-"""Probes of products of matrices: dense layers, heads of attention and convolutions, each with its gradients."""
+"""Probes of products of matrices: dense layers, heads of attention and convolutions, each with its gradients.
+
+Args:
+    precision: dtype of the operands.
+    rows, inner, columns: sizes of the product.
+    count: number of images or sequences.
+    side: length of each of their dimensions.
+    channels: channels of an input.
+    filters: channels of a result.
+    window: sizes of the kernel's window.
+"""
 
 import math
 import random

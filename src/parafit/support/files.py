@@ -42,6 +42,10 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
 def write_output(path: Path, text: str) -> None:
     """`write_whole` at a place that somebody chose.
 
+    Args:
+        path: path of the file.
+        text: what will be in it.
+
     Raises:
         OutputError: it cannot be written.
     """

@@ -7,7 +7,6 @@ owner's alone. Together they hold at most `MOST_BYTES`; those that were not used
 """
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from parafit.support.environment import cache_directory, chosen_by_user
 from parafit.support.files import private_folder, prune, write_whole
 from parafit.support.processor import processor_kind
 
-_LOGGER = logging.getLogger("parafit")
 MOST_BYTES = 1 << 30
 """Of all programs together."""
 
@@ -56,7 +54,7 @@ def _serve(folder: str, make: Callable[[], "Programs"]) -> None:
         try:
             return make(), path
         except OSError as error:
-            _LOGGER.warning("parafit: compiled programs are not kept for the next start: %s", error)
+            _warn("parafit: compiled programs are not kept for the next start: %s", error)
             return None
 
     if original is not None:
@@ -85,7 +83,7 @@ class Programs:
         digest, program = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if digest == _digest(program):
             return program
-        _LOGGER.warning("parafit: a compiled program on disk was damaged and is compiled anew: %s", path)
+        _warn("parafit: a compiled program on disk was damaged and is compiled anew: %s", path)
         path.unlink(missing_ok=True)
         return None
 
@@ -107,6 +105,12 @@ class Programs:
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}{_SUFFIX}"
+
+
+def _warn(message: str, *values: object) -> None:
+    import logging  # when it is needed: with it, importing parafit would take an eighth longer
+
+    logging.getLogger("parafit").warning(message, *values)
 
 
 def _digest(program: bytes) -> bytes:

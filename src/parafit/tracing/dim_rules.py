@@ -2,9 +2,14 @@
 
 A **rule** takes the dims of the operands and returns those of the results, and the dims summed over. It ties (the same
 elements on both sides) and fixes (the primitive cannot split this dimension without moving data between devices).
-`(b i), (i o) → (b o)` says which: dims of operands, dims of results, equal letters for those that are tied.
+JAX is not imported: a rule reads the parameters of a traced equation. Each is written as in einsum: (dims of an operand), ... → (dims of a
+result); a dim that appears on both sides is the same, n is a new one, and [n] is fixed.
 
-JAX is not imported: a rule reads the parameters of a traced equation.
+Args:
+    dims: all dims of the step, where the rule ties and fixes them.
+    params: parameters of the equation.
+    inputs: dims of the operands.
+    shapes: shapes of the results.
 """
 
 from collections.abc import Callable

@@ -90,7 +90,12 @@ class Exchange(Pass):
         return [self.exchanged(equation, form)] if form else super().equations(equation)
 
     def exchanged(self, equation: JaxprEqn, form: Callable) -> JaxprEqn:
-        """A call of `form` in the equation's place."""
+        """A call of another form in the place of an equation; equations that are alike share one traced form.
+
+        Args:
+            equation: the equation to replace.
+            form: a function of arrays like its operands, which gives what it gives.
+        """
         key = equation.primitive, tuple((var.aval.shape, var.aval.dtype) for var in equation.invars), tuple(equation.params.items())
         if key not in self.replacements:
             self.replacements[key] = _call(equation, form)

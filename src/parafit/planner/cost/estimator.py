@@ -81,7 +81,14 @@ class Estimator(Pipeline):
         self.measured = measured if machine.device.curves else None
 
     def split(self, program: Program, plan: Plan, cut: Sequence[Piece], flat_state: bool) -> Partition:
-        """What each device does."""
+        """What each device does.
+
+        Args:
+            program: what one step computes.
+            plan: who does it.
+            cut: the microbatches; none: as the plan cuts the program's batch.
+            flat_state: as in `parafit.planner.cost.framework.Software`.
+        """
         return Partition(program, plan, cut, flat_state=flat_state)
 
     @cached_property
@@ -153,13 +160,23 @@ class Estimator(Pipeline):
         return "W" if all(self.program.tensors[name].role == "gradient" for name in operation.outputs) else "B"
 
     def operation_seconds(self, operation: Operation, share) -> float:
-        """The roofline of one run, or what was measured."""
+        """The roofline of one run, or what was measured.
+
+        Args:
+            operation: an operation of the program.
+            share: the part of one run of it that a device does.
+        """
         if self.measured:
             return self.measured.operation_seconds(operation, share)
         return max(self.arithmetic_seconds(operation, share), share.bytes / self.rate) + self.machine.device.operation_seconds
 
     def arithmetic_seconds(self, operation: Operation, share) -> float:
-        """Its arithmetic alone, at the rate of its kind and shape; 0 of what memory decides."""
+        """Seconds of the arithmetic of one run; 0 where memory alone decides.
+
+        Args:
+            operation: an operation of the program.
+            share: the part of one run of it that a device does.
+        """
         if operation.kind == "attention":
             shares = self.software.attention or self.machine.device.attention
             if shares:
@@ -172,13 +189,23 @@ class Estimator(Pipeline):
         return 0.0
 
     def exposed(self, exchange: Exchange, beside: float) -> float:
-        """Seconds of a collective that nothing hides, where so many seconds of computation run beside it."""
+        """Seconds of a collective that nothing hides, where so many seconds of computation run beside it.
+
+        Args:
+            exchange: the collective, with the bytes on a device.
+            beside: seconds of the computation.
+        """
         taken = seconds(exchange.kind, exchange.bytes, self.partition.group(exchange.axis), self.machine)
         copied = self.software.overlap_tensor == "all"
         return max(0.0, taken - beside) if copied or not beside else self.hidden(taken, 0.0, beside, exchange.axis)
 
     def overlaps(self, exchange: Exchange, operation: Operation) -> bool:
-        """Whether a collective runs beside a product. Both products of a layer's backward pass wait for the gradient of its result."""
+        """Whether a collective runs beside a product. Both products of a layer's backward pass wait for the gradient of its result.
+
+        Args:
+            exchange: the collective.
+            operation: the operation that needs it.
+        """
         if exchange.axis != "tensor" or self.software.overlap_tensor != "independent":
             return exchange.axis == "tensor" and self.software.overlap_tensor == "all"
         waited = exchange.kind == ALL_GATHER and exchange.tensor.name not in self.forward_results
@@ -209,7 +236,13 @@ class Estimator(Pipeline):
         return {f"gradients {axis}": self.gradient_seconds(axis, nbytes, times) for axis, nbytes in sums.items()}
 
     def gradient_seconds(self, axis: str, nbytes: float, times: Mapping[str, float]) -> float:
-        """Exposed seconds of reducing all gradients along an axis."""
+        """Exposed seconds of reducing all gradients along an axis.
+
+        Args:
+            axis: name of a mesh axis.
+            nbytes: bytes of all gradients on a device.
+            times: seconds of a step by part; backward ones hide the reduction.
+        """
         summed = self.pipelines or self.software.sums_microbatches
         each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
         rounds = self.partition.turns if each_time else 1
@@ -227,7 +260,12 @@ class Estimator(Pipeline):
         return self.copies(self.blocks)
 
     def state_seconds(self, axis: str, nbytes: float) -> float:
-        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them."""
+        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them.
+
+        Args:
+            axis: name of a mesh axis.
+            nbytes: bytes of the gradients on a device.
+        """
         group = self.partition.group(axis)
         if axis not in self.plan.store.values() or self.software.reduces_whole:
             return seconds(ALL_REDUCE, nbytes, group, self.machine)
@@ -252,14 +290,28 @@ class Estimator(Pipeline):
         return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
 
     def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
-        """Exposed seconds of gathering the parameters of all blocks for one pass, `one` seconds a block."""
+        """Exposed seconds of gathering the parameters of all blocks, in every turn of a step.
+
+        Args:
+            one: seconds that gathering one block takes.
+            blocks: number of blocks that a device runs.
+            phase: "forward" or "backward": what the gathering runs beside, if the software does so.
+            times: seconds of a step by part.
+        """
         count = self.partition.turns
         whole = one * blocks * count
         return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
 
     def hidden(self, taken: float, least: float, beside: float, axis: str) -> float:
         """What is left of a collective that runs beside computation: its first or last part, what outlasts the computation, and the
-        processor time that it takes from it."""
+        processor time that it takes from it.
+
+        Args:
+            taken: seconds of the collective by itself.
+            least: seconds of the part that nothing runs beside.
+            beside: seconds of the computation.
+            axis: name of a mesh axis.
+        """
         inside, hosts = self.partition.group(axis).split(self.machine.devices_per_host)
         share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))
         left = max(least, taken - beside)

@@ -161,7 +161,12 @@ class Pipeline:
         return found
 
     def hop(self, across: bool, nbytes: float) -> tuple[float, float]:
-        """Seconds of one activation from one stage to the next that the processor has no time to compute in, and the others."""
+        """Seconds of one activation from one stage to the next in which the processor cannot compute, and the others.
+
+        Args:
+            across: from one host to another.
+            nbytes: bytes of a device's part of it.
+        """
         taken = self.send_seconds(across, nbytes)
         link = self.machine.network if across else self.machine.inner
         blocked = taken * (link.processor_share if self.software.overlap_sends else 1.0)
@@ -207,7 +212,12 @@ class Pipeline:
         return sum(self.partition.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
 
     def send_seconds(self, across: bool, nbytes: float) -> float:
-        """One activation from one stage to the next, in a host or to another."""
+        """One activation from one stage to the next, in a host or to another.
+
+        Args:
+            across: from one host to another.
+            nbytes: bytes of a device's part of it.
+        """
         tensor = self.plan.axes.get("tensor", 1)
         if self.software.send_split and self.plan.compute.get("sequence") != "tensor":
             nbytes /= tensor

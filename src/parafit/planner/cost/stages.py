@@ -61,7 +61,12 @@ def cut_program(
 
 
 def joined(program: Program, parts: Sequence[Program]) -> Program:
-    """One program of several stages, in the order in which the whole runs them."""
+    """One program of several stages, in the order in which the whole runs them.
+
+    Args:
+        program: the whole.
+        parts: programs of some of its stages.
+    """
     wanted = {id(operation) for part in parts for operation in part.operations}
     return _only(program, (operation for operation in program.operations if id(operation) in wanted))
 

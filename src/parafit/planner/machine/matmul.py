@@ -40,7 +40,12 @@ class Matmul:
         return {}
 
     def rate(self, name: str, rows: float, inner: float, columns: float) -> float:
-        """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often."""
+        """FLOP/s between what was measured under this name, 0 where nothing was; kept, for a program asks for few shapes, often.
+
+        Args:
+            name: name of a precision, with the form after a space, as in `table`.
+            rows, inner, columns: sizes of the product.
+        """
         asked = name, rows, inner, columns
         if asked not in self._rates:
             self._rates[asked] = rate_between(self.table, *asked)

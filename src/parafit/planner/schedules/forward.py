@@ -8,6 +8,8 @@ def forward_only(*, devices: int, microbatches: int, interleave: int) -> Grid:
 
     On equal stages, with m a multiple of p, each device idles (p - 1) / (v m + p - 1) of the time.
 
+    Args are those of `make_grid`.
+
     >>> grid = forward_only(devices=2, microbatches=3, interleave=2)
     >>> [f"{task.stage}.{task.microbatch}" for task in grid.tasks[0]]
     ['0.0', '0.1', '2.0', '2.1', '0.2', '2.2']

@@ -166,6 +166,8 @@ class Grid:
 def cyclic(devices: int, interleave: int) -> tuple[int, ...]:
     """The device of each stage where each device has a stage in turn, as often as `interleave` says.
 
+    Args are those of `make_grid`.
+
     >>> cyclic(2, 3)
     (0, 1, 0, 1, 0, 1)
     """

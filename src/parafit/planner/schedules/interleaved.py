@@ -13,6 +13,8 @@ def interleaved(*, devices: int, microbatches: int, interleave: int) -> Grid:
     (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", section 2.2). With one chunk
     it is 1F1B that runs ahead twice as far.
 
+    Args are those of `make_grid`.
+
     Raises:
         PlanError: the devices do not divide the microbatches.
 
@@ -41,6 +43,8 @@ def interleaved(*, devices: int, microbatches: int, interleave: int) -> Grid:
 def check_divides(devices: int, microbatches: int) -> None:
     """Refuse microbatches that do not fill groups as large as the pipeline.
 
+    Args are those of `make_grid`.
+
     Raises:
         PlanError: the devices do not divide the microbatches; the nearest numbers that they do.
     """
@@ -54,6 +58,8 @@ def check_divides(devices: int, microbatches: int) -> None:
 
 def most_in_flight(devices: int, interleave: int) -> tuple[int, ...]:
     """Results of stages that each device keeps, however many microbatches: (v - 1) p + 2 (p - 1 - d) + 1 on device d.
+
+    Args are those of `make_grid`.
 
     >>> most_in_flight(4, 2)
     (11, 9, 7, 5)

@@ -12,6 +12,8 @@ def one_f_one_b(*, devices: int, microbatches: int) -> Grid:
     min(m, p - s) of them (Narayanan et al. 2019, "PipeDream"; with a flush at the end of the batch, Narayanan et al. 2021, "Efficient
     Large-Scale Language Model Training on GPU Clusters Using Megatron-LM").
 
+    Args are those of `make_grid`.
+
     >>> grid = one_f_one_b(devices=2, microbatches=3)
     >>> [f"{task.kind}{task.microbatch}" for task in grid.tasks[0]]
     ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']

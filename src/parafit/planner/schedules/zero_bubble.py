@@ -12,6 +12,8 @@ def zero_bubble_h1(*, devices: int, microbatches: int) -> Grid:
     microbatches from F until B and min(m, s) more from B until W, so that no device keeps more than the first one does under 1F1B
     (Qi, Wan, Huang, Lin 2023, "Zero Bubble Pipeline Parallelism", section 2.1).
 
+    Args are those of `make_grid`.
+
     >>> grid = zero_bubble_h1(devices=2, microbatches=3)
     >>> for row in grid.tasks:
     ...     print(*(f"{task.kind}{task.microbatch}" for task in row))

@@ -90,7 +90,12 @@ class Prices:
         return _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
 
     def of_stage(self, program: Program, plan: Plan) -> Estimator:
-        """The estimator of a program that is what a plan's pipeline has on one stage or device."""
+        """The estimator of what a plan's pipeline has on one stage or device.
+
+        Args:
+            program: of the stage or device.
+            plan: of the whole.
+        """
         key = tuple(map(id, program.operations))
         if key not in self._stages:
             self._stages[key] = (program, {}, _Traits(program))
