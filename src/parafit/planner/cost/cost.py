@@ -43,6 +43,7 @@ class Cost:
 
     def __str__(self):
         lines = [f"step    {self.seconds * 1e3:.3f} ms", *_rows(self.times, self.seconds, 1e3, "ms ", 3)]
+        lines += [f"idle    {self.timeline.idle_share:.1%} of its devices' time".replace("%", " %")] if self.timeline else []
         return "\n".join(
             [*lines, f"memory  {self.peak_bytes / 2**20:.1f} MiB a device", *_rows(self.memory, self.peak_bytes, 2**-20, "MiB", 1)]
         )
