@@ -18,9 +18,9 @@ CACHING = 0.1
 """Share of memory that PyTorch's caching allocator loses to fragments (from memory)."""
 MEGATRON_LOSS = (9.5, 1.75)
 """Megatron-LM core/tensor_parallel/cross_entropy.py, in float32, operation by operation: 38 bytes a logit forward, 14 backward."""
-SUMMED = Software(sums_microbatches=True, flat_state=True)
+SUMMED = Software(sums_microbatches=True, flat_state=True, overlap_sends=False)
 """Runs the microbatches of a step before it reduces their gradients, as no_sync does in PyTorch, and splits state as one flat buffer, as
-Megatron's distributed optimizer, DeepSpeed and FSDP do (from memory)."""
+Megatron's distributed optimizer, DeepSpeed and FSDP do. A stage waits for what it sends and receives (from memory)."""
 MEGATRON_2021 = replace(SUMMED, precision="float16", overlap_gradients=False, send_split=True, recomputes_all=True, equal_stages=True)
 MEGATRON_CORE = replace(SUMMED, overlap_gradients=True, overlap_tensor="all", equal_stages=True)
 
@@ -50,6 +50,12 @@ BIGSCIENCE = replace(SUMMED, precision="float16", overlap_gradients=False, recom
 
 ALPA = replace(SUMMED, precision="float16", overlap_gradients=False, prefetch=())
 """XLA of 2022 waits for each collective."""
+
+
+def megatron_core(plan: Plan) -> Software:
+    """What Megatron-Core does under a plan: only its schedule with chunks computes while it sends (arguments.py, overlap_p2p_comm; from
+    memory)."""
+    return replace(MEGATRON_CORE, overlap_sends=plan.interleave > 1)
 
 
 def nanotron(shape: Transformer, plan: Plan, hosts: int) -> Software:

@@ -12,11 +12,11 @@ from benchmarks.published_software import (
     BIGSCIENCE,
     FOUNDRY,
     MEGATRON_2021,
-    MEGATRON_CORE,
     MEGATRON_LOSS,
     SUMMED,
     TRITON_ATTENTION,
     SkippedError,
+    megatron_core,
     nanotron,
 )
 from parafit.planner.cost.cost import Cost
@@ -97,6 +97,7 @@ def layout(
         recompute="blocks" if recompute else "none",
         precision=precision,
         interleave=interleave if pp > 1 else 1,
+        schedule="interleaved" if interleave > 1 and pp > 1 else "1f1b",
     )
 
 
@@ -152,7 +153,8 @@ def megatron(row: Row) -> Case:
 
 
 def _megatron_core(row: Row) -> Case:
-    """Megatron-Core 0.8: microbatch and chunks are not printed; taken are those of the lowest price that fits."""
+    """Megatron-Core 0.8: microbatch and chunks are not printed; taken are those of the lowest price that fits. Its schedule with chunks
+    takes only numbers of microbatches that the stages divide."""
     shape = shape_of(row, tied=False, gradient_itemsize=4, compiled=True, loss_passes=MEGATRON_LOSS)
     tp, pp = whole(row, "tp", 8), whole(row, "pp", 6)
     dp = whole(row, "gpus") // (tp * pp)
@@ -162,12 +164,13 @@ def _megatron_core(row: Row) -> Case:
         layout(row, dp=dp, tp=tp, pp=pp, micro_batch=micro, zero=1, sequence_parallel=True, interleave=chunks)
         for micro in (1, 2, 4)
         for chunks in (1, 2, 4, 7)
-        if shape.batch % (dp * micro) == 0 and (chunks == 1 or (pp > 1 and shape.layers % (pp * chunks) == 0))
+        if shape.batch % (dp * micro) == 0
+        and (chunks == 1 or (pp > 1 and shape.layers % (pp * chunks) == 0 and shape.batch // (dp * micro) % pp == 0))
     ]
     if not plans:
         raise SkippedError("layout not given, and tensor 8 with pipeline 6 does not divide the batch")
-    common = {"shape": shape, "machine": _cluster("h100x8", row), "software": MEGATRON_CORE, "seconds": seconds, "fits": True}
-    cases = [Case(table=table, sweep="", plan=plan, label=row["model"], **common) for plan in plans]
+    common = {"shape": shape, "machine": _cluster("h100x8", row), "seconds": seconds, "fits": True}
+    cases = [Case(table=table, sweep="", plan=plan, software=megatron_core(plan), label=row["model"], **common) for plan in plans]
     prices = [(case, price_of(case)) for case in cases]
     fitting = [pair for pair in prices if pair[1].peak_bytes <= pair[0].machine.device.memory_bytes]
     return min(fitting or prices, key=lambda pair: pair[1].seconds)[0]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported where they are needed: planning for another machin
     from parafit.placement import Placement
 
 RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
-"""The techniques that this version runs; it prices others."""
+"""The techniques that this version runs; it prices others, and plans that have these are marked."""
 
 WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
@@ -77,7 +77,7 @@ def find_plan(
         machine = this_machine()
     elif isinstance(machine, str):
         machine = Machine.load(machine)
-    return search(program, machine, goal=goal, max_bytes=max_bytes, allow=allow).plan
+    return search(program, machine, goal=goal, max_bytes=max_bytes, allow=allow, runs=RUNS).plan
 
 
 def this_machine() -> Machine:
@@ -218,8 +218,8 @@ def _check_runs(plan: Plan) -> None:
     """Refuse what this version does not run, and more devices than there are."""
     import jax
 
-    for name, value, idle in (("pipeline", plan.axes.get("pipeline", 1), 1), ("interleave", plan.interleave, 1)):
-        if value != idle:
+    for name, value in (("pipeline", plan.axes.get("pipeline", 1)), ("interleave", plan.interleave)):
+        if value > 1 and name not in RUNS:
             raise PlanError(
                 f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
                 "Use data, tensor, zero=, microbatches=, recompute= or precision=."

@@ -1,6 +1,7 @@
 """`parafit plan` and `parafit machine`, and `find_plan` for Keras models."""
 
 import dataclasses
+import json
 
 import keras
 import numpy as np
@@ -34,6 +35,26 @@ def test_plan_prints_and_writes(run, tmp_path):
     assert html.count("<svg") == 3
     assert "http" not in html.replace("http://www.w3.org", "")
     assert "Time against memory" in html
+
+
+def test_the_timeline_of_a_pipeline_is_written(run, tmp_path):
+    allowed = (GPT, "--batch-size", 64, "--machine", "a100x8", "--allow", "pipeline,microbatches")
+    code, out, err = run("plan", *allowed, "--trace", "trace.json", "--report", "plan.html")
+    assert (code, err) == (0, "")
+    assert "written  trace.json" in out
+    assert "runs    this version only prices pipeline" in out or "pipeline" in planning.RUNS
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "X"} >= {"F0", "B0"}
+    assert "When each task runs" in (tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
+def test_a_plan_without_a_pipeline_has_no_timeline(run, tmp_path):
+    code, _, err = run(
+        "plan", GPT, "--batch-size", 64, "--machine", "a100x8", "--allow", "data", "--trace", "trace.json", "--out", "a.json"
+    )
+    assert code == 2
+    assert "has no pipeline, so there is no timeline to write to 'trace.json'" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_goal_memory_and_techniques_can_be_asked_for(run):

@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 from parafit.errors import ModelError, PlanError
 from parafit.planner.cost.estimator import Estimator, price
 from parafit.planner.cost.framework import Software
+from parafit.planner.cost.stages import cut_program, places_to_cut
 from parafit.planner.layout import pieces, undivided
 from parafit.planner.machine.machine import Machine
 from parafit.planner.networks import named
 from parafit.planner.networks.transformer import Transformer, transformer_program
 from parafit.planner.partition import Partition
 from parafit.planner.plan import STORED, Plan
+from parafit.planner.program import Operation, Program, Tensor
+from parafit.planner.schedules import make_grid
+from parafit.planner.schedules.times import TaskTimes
 from parafit.planner.search.memo import Prices
 
 WIDTHS = {"heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
@@ -43,6 +47,7 @@ PLANS = st.builds(
     sequence=st.booleans(),
     microbatches=st.sampled_from([1, 2, 4, 8]),
     recompute=st.sampled_from(["none", "blocks"]),
+    schedule=st.sampled_from(["gpipe", "1f1b", "zb-h1", "list"]),
 ).filter(lambda chosen: chosen.device_count > 1)
 
 
@@ -130,8 +135,139 @@ def test_pipelines_idle_for_their_depth_over_microbatches():
     found = cost(plan(pipeline=4, microbatches=16), deep)
     busy = sum(value for name, value in found.times.items() if name.startswith(("forward", "backward")))
     assert found.times["bubble"] == pytest.approx(busy * 3 / 16, rel=0.15)
-    twice = cost(plan(pipeline=4, microbatches=16, interleave=2), deep)
+    twice = cost(plan(pipeline=4, microbatches=16, schedule="interleaved", interleave=2), deep)
     assert twice.times["bubble"] == pytest.approx(found.times["bubble"] / 2, rel=0.2)
+
+
+def chain(layers, *, counted, width=512, rows=4096, tied=False):
+    """Products alone, so that F, B and W take the same: as one block that is counted, or as a chain of operations."""
+    shape, dims = (rows, width), ("batch", "wide")
+
+    def tensor(name, role, count):
+        square = role in ("parameter", "gradient", "slot")
+        size, names = ((width, width), ("in", "out")) if square else (shape, dims)
+        return Tensor(name=name, shape=size, dims=names, role=role, count=count)
+
+    def product(name, phase, inputs, output, count):
+        return Operation(
+            name=name, kind="matmul", phase=phase, inputs=inputs, outputs=(output,), flops=2.0 * rows * width * width, count=count
+        )
+
+    numbers, count = (range(1), layers) if counted else (range(layers), 1)
+    weights = {number: 0 if tied and number == layers - 1 else number for number in numbers}
+    forward = [product(f"l{k}", "forward", (f"a{k}", f"w{weights[k]}"), f"a{k + 1}", count) for k in numbers]
+    backward, update = [], []
+    for k in reversed(numbers):
+        backward.append(product(f"l{k}", "backward", (f"d{k + 1}", f"w{weights[k]}"), f"d{k}", count))
+        backward.append(product(f"l{k}", "backward", (f"d{k + 1}", f"a{k}"), f"g{k}", count))
+        inputs = (f"w{weights[k]}", f"g{k}", f"s{k}")
+        update.append(Operation(name=f"l{k}", kind="elementwise", phase="update", inputs=inputs, outputs=(f"w{weights[k]}",), count=count))
+    roles = {"a": "activation", "d": "activation", "w": "parameter", "g": "gradient", "s": "slot"}
+    operations = (*forward, *backward, *update)
+    names = dict.fromkeys(name for operation in operations for name in (*operation.inputs, *operation.outputs))
+    tensors = {name: tensor(name, roles[name[0]], count) for name in names}
+    return Program(name="chain", operations=operations, tensors=tensors, sizes={"batch": rows, "wide": width, "in": width, "out": width})
+
+
+QUIET = Machine.load("a100x8").of(4)
+QUIET = dataclasses.replace(
+    QUIET,
+    device=dataclasses.replace(QUIET.device, dispatch_seconds=0.0),
+    inner=dataclasses.replace(QUIET.inner, bytes_per_second=1e30, alpha_seconds=0.0, start_seconds=0.0, measured=(), measured_parts=()),
+)
+"""A machine on which sending and starting take nothing."""
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    ("schedule", "idle"), [("gpipe", 3 / 19), ("1f1b", 3 / 19), ("interleaved", 3 / 35), ("zb-h1", 3 / 51), ("list", None)]
+)
+def test_equal_stages_idle_as_papers_say(schedule, idle, counted):
+    """4 stages, 16 microbatches: 15.8 % (1F1B), 8.6 % with two stages a device, 5.9 % (ZB-H1), by the grid that runs."""
+    chosen = plan(pipeline=4, microbatches=16, schedule=schedule, interleave=2 if schedule == "interleaved" else 1)
+    program = chain(16, counted=counted)
+    found = price(program, chosen, QUIET)
+    timeline = found.timeline
+    assert timeline.grid == make_grid(schedule, devices=4, microbatches=16, interleave=chosen.interleave, times=TaskTimes.equal(4))
+    if idle:
+        assert timeline.idle_share == pytest.approx(idle, rel=1e-9)
+        assert timeline.idle_shares == pytest.approx([idle] * 4, rel=1e-9)
+        assert Prices(program, QUIET).at_least(chosen).seconds == pytest.approx(found.seconds, rel=1e-9), "the closed form"
+    assert found.times["bubble"] == pytest.approx(timeline.idle_share * timeline.makespan, rel=1e-9)
+    assert found.seconds == pytest.approx(timeline.makespan + found.times["update"] + found.times["dispatch"], rel=1e-9)
+    assert sum(found.times.values()) == pytest.approx(found.seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_memory_in_flight_is_what_the_schedule_keeps(counted):
+    """1F1B keeps p microbatches on the first stage, GPipe all; the last one, with as many layers, keeps one."""
+    kept = {
+        schedule: price(chain(16, counted=counted), plan(pipeline=4, microbatches=16, schedule=schedule), QUIET).memory["activations"]
+        for schedule in ("1f1b", "gpipe", "zb-h1")
+    }
+    assert kept["gpipe"] == pytest.approx(4 * kept["1f1b"])
+    assert kept["zb-h1"] == kept["1f1b"]
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(7, 2), (7, 3), (10, 4), (5, 5)])
+def test_a_program_is_cut_whether_its_stages_divide_it_or_not(layers, stages):
+    found = price(chain(layers, counted=False), plan(pipeline=stages, microbatches=8), dataclasses.replace(QUIET, devices_per_host=8))
+    busy = found.timeline.busy
+    one = max(busy) / -(-layers // stages)
+    assert sum(busy) == pytest.approx(layers * one, rel=0.01)
+    assert min(busy) > 0.9 * one
+
+
+def test_a_tied_weight_is_kept_by_each_stage_that_uses_it():
+    parts, _ = cut_program(chain(4, counted=False, tied=True), 2, lambda operation: operation.flops, lambda tensor: tensor.bytes)
+    kept = [sorted(tensor.name for tensor in part.of_role("parameter")) for part in parts]
+    assert kept == [["w0", "w1"], ["w0", "w2"]]
+    assert [sum(operation.phase == "backward" for operation in part.operations) for part in parts] == [4, 4]
+
+
+def test_what_passes_between_stages_is_what_later_ones_read():
+    """A skip over a stage passes through it."""
+    program = chain(4, counted=False)
+    skip = dataclasses.replace(program.operations[3], inputs=("a3", "w3", "a1"))
+    program = dataclasses.replace(program, operations=(*program.operations[:3], skip, *program.operations[4:]))
+    _, passed = cut_program(program, 4, lambda operation: operation.flops, lambda tensor: 1.0)
+    assert passed == (1.0, 2.0, 2.0)
+
+
+def test_loops_are_not_cut():
+    program = chain(6, counted=False)
+    looping = [
+        dataclasses.replace(operation, name="lstm", steps=3) if operation.name in ("l1", "l2", "l3") else operation
+        for operation in program.operations
+    ]
+    looped = dataclasses.replace(program, operations=tuple(looping))
+    assert (places_to_cut(program), places_to_cut(looped)) == (6, 4)
+    with pytest.raises(PlanError, match=r"a pipeline of 5 stages needs 4 places to cut, and the network has 3\. Choose at most 4 stages"):
+        price(looped, plan(pipeline=5, microbatches=5), Machine.load("a100x8"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipeline": 4, "interleave": 2}, "schedule '1f1b' has one stage a device, so interleave=2 is not for it"),
+        ({"pipeline": 4, "interleave": 2, "schedule": "interleaved", "microbatches": 6}, "microbatches=6 is no multiple"),
+    ],
+)
+def test_pipelines_that_cannot_be(changes, message):
+    with pytest.raises(PlanError, match=message):
+        price(chain(8, counted=True), plan(**{"microbatches": 8} | changes), Machine.load("a100x8", hosts=2))
+
+
+def test_starting_tasks_and_sending_take_time_apart():
+    chosen, program = plan(pipeline=4, microbatches=16), chain(16, counted=True)
+    slow = dataclasses.replace(QUIET, device=dataclasses.replace(QUIET.device, dispatch_seconds=1e-3))
+    started, quiet = price(program, chosen, slow), price(program, chosen, QUIET)
+    assert started.times["dispatch"] > 4 * 32 * 1e-3 - quiet.seconds, "one process starts all tasks of four devices, one after the other"
+    assert started.times["bubble"] == quiet.times["bubble"]
+    far = dataclasses.replace(QUIET, inner=dataclasses.replace(QUIET.inner, bytes_per_second=1e9, processor_share=0.0))
+    beside, waits = (price(program, chosen, far, software=Software(overlap_sends=each)) for each in (True, False))
+    assert 0 < beside.times["send pipeline"] < waits.times["send pipeline"]
+    assert beside.times["bubble"] == quiet.times["bubble"]
 
 
 def test_stages_hand_over_inside_their_host_where_they_share_one():
@@ -139,13 +275,12 @@ def test_stages_hand_over_inside_their_host_where_they_share_one():
     machine = Machine.load("a100x8", hosts=4)
 
     def hops(chosen):
-        return Estimator(deep, chosen, machine, Software()).hops()
+        return [sum(hop) for hop in Estimator(deep, chosen, machine, Software()).hops]
 
-    spread, round_robin = hops(plan(pipeline=16, data=2)), hops(plan(pipeline=16, data=2, interleave=2))
+    spread, twice = hops(plan(pipeline=16, data=2)), hops(plan(pipeline=16, data=2, schedule="interleaved", interleave=2))
     across = [index for index, seconds in enumerate(spread) if seconds > min(spread)]
     assert across == [3, 7, 11], "four stages a host"
-    assert len(set(round_robin)) == 1
-    assert round_robin[0] == pytest.approx(2 * max(spread)), "chunks go round over the network"
+    assert twice == [*spread, max(spread), *spread], "from the last device chunks go round to the first, over the network"
     assert set(hops(plan(pipeline=4, data=8, microbatches=1))) == {hops(plan(pipeline=16, data=2, microbatches=4))[3]}, "a stage a host"
 
 

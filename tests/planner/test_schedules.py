@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from parafit.errors import PlanError
 from parafit.planner.schedules import SCHEDULES, knows_interleave, make_forward_grid, make_grid
+from parafit.planner.schedules.bounds import kept, least_makespan
 from parafit.planner.schedules.check import check_schedule
 from parafit.planner.schedules.grid import FORWARD, WHOLE_BACKWARD, Grid, Task
 from parafit.planner.schedules.simulate import simulate
@@ -349,3 +350,34 @@ def test_times_of_other_stages_are_refused():
 def test_every_device_has_a_process():
     with pytest.raises(PlanError, match=r"processes=\(0, 0\): expected one for each of the 4 devices"):
         simulate(make_grid("1f1b", devices=4, microbatches=8), TaskTimes.equal(4), processes=(0, 0))
+
+
+SHAPES = [
+    (name, devices, microbatches, interleave)
+    for name in SCHEDULES
+    for devices, microbatches, interleave in itertools.product((1, 2, 4, 7), (1, 4, 14, 28), (1, 2, 3))
+    if (interleave == 1 or knows_interleave(name)) and (name != "interleaved" or microbatches % devices == 0)
+]
+
+
+@pytest.mark.parametrize(("name", "devices", "microbatches", "interleave"), SHAPES)
+def test_what_a_schedule_takes_and_keeps_is_known_without_its_grid(name, devices, microbatches, interleave):
+    """The closed forms: exact for equal stages that send nothing, but of a schedule that is invented, which is no slower than 1F1B."""
+    times = TaskTimes.equal(devices * interleave, forward=1.0, backward=1.3, weights=0.9)
+    grid = make_grid(name, devices=devices, microbatches=microbatches, interleave=interleave)
+    least, found = least_makespan(name, times, devices=devices, microbatches=microbatches), simulate(grid, times).makespan
+    most = kept(name, devices=devices, microbatches=microbatches, interleave=interleave)
+    if name == "list":
+        assert least <= found * (1 + 1e-9)
+        assert all(held <= limit for held, limit in zip(grid.in_flight, most))
+    else:
+        assert found == pytest.approx(least, rel=1e-9)
+        assert grid.in_flight == most
+
+
+@given(grids())
+def test_no_schedule_is_faster_than_its_closed_form(drawn):
+    grid, times = drawn
+    if grid.kinds != FORWARD:
+        least = least_makespan(grid.schedule, times, devices=grid.devices, microbatches=grid.microbatches)
+        assert least <= simulate(grid, times).makespan * (1 + 1e-9)

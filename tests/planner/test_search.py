@@ -99,6 +99,40 @@ def test_prices_are_the_price_and_nothing_beats_a_floor(program, machine, data):
         assert sum(cost.times.values()) == pytest.approx(cost.seconds, rel=1e-12)
 
 
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_prices_of_programs_that_are_cut_anywhere_are_the_price(data):
+    program, machine = uncounted(), dataclasses.replace(Machine.load("a100x8", hosts=2), devices_per_host=3)
+    prices = Prices(program, machine)
+    plans = [plan for plan in Candidates(program, machine, TECHNIQUES) if "pipeline" in plan.axes]
+    for plan in data.draw(st.lists(st.sampled_from(plans), min_size=1, max_size=6)):
+        cost = price(program, plan, machine)
+        assert prices.of(plan) == cost
+        assert prices.peak_bytes(plan) == cost.peak_bytes
+        least = prices.at_least(plan).seconds
+        assert prices.even_seconds(plan) <= prices.least_seconds(plan) * (1 + 1e-9) <= least * (1 + 1e-8) <= cost.seconds * (1 + 1e-7)
+
+
+def uncounted():
+    """The small network as traces of models are: each block's operations and tensors written out."""
+    program = named("gpt:layers=3,hidden=256,heads=8,sequence=128,vocabulary=1024", batch=12)
+    operations, tensors = [], {}
+    for phase in ("forward", "backward", "update"):
+        some = [operation for operation in program.operations if operation.phase == phase]
+        first = next(index for index, operation in enumerate(some) if operation.count > 1)
+        last = max(index for index, operation in enumerate(some) if operation.count > 1)
+        blocks = range(3) if phase == "forward" else range(2, -1, -1)
+        numbered = [(operation, block) for block in blocks for operation in some[first : last + 1]]
+        for operation, block in [*((one, 0) for one in some[:first]), *numbered, *((one, 0) for one in some[last + 1 :])]:
+            names = {
+                name: f"{name}@{block}" if program.tensors[name].count > 1 else name for name in (*operation.inputs, *operation.outputs)
+            }
+            tensors |= {new: dataclasses.replace(program.tensors[old], name=new, count=1) for old, new in names.items()}
+            inputs, outputs = (tuple(names[name] for name in each) for each in (operation.inputs, operation.outputs))
+            operations.append(dataclasses.replace(operation, inputs=inputs, outputs=outputs, count=1))
+    return dataclasses.replace(program, operations=tuple(operations), tensors=tensors)
+
+
 def test_prices_know_programs_whose_devices_wait_for_each_other():
     """A sum over rows that is no gradient (a loss's mean, statistics of the batch) is exchanged along the data axis."""
     tensors = [
@@ -228,6 +262,40 @@ def test_layers_and_heads_that_do_not_divide_are_cut_all_the_same_and_said():
     assert "do not divide 126 blocks" in text
     odd = search(named("gpt:layers=2,hidden=1600,heads=25,vocabulary=1024", batch=1), H100.of(2), allow={"tensor"})
     assert "tensor=2 leaves heads (25) whole" in str(odd)
+
+
+def test_pipelines_are_searched_in_every_order():
+    program = named(SMALL, batch=16)
+    plans = {plan.schedule for plan in Candidates(program, H100, {"pipeline", "microbatches"})}
+    assert plans == {"1f1b", "gpipe", "zb-h1", "list"}
+    more = list(Candidates(program, H100, {"pipeline", "microbatches", "interleave"}))
+    assert {plan.schedule for plan in more} == {*plans, "interleaved"}
+    assert all((plan.schedule == "interleaved") == (plan.interleave > 1) for plan in more)
+    best = search(program, H100, allow={"pipeline", "microbatches"})
+    assert best.plan.schedule in ("zb-h1", "list"), "the gradients of weights fill gaps"
+    assert f"schedule={best.plan.schedule}" in best.plan.short()
+    assert f"({best.plan.schedule}), each device " in str(best)
+    timeline = best.best.cost.timeline
+    assert timeline.grid.devices == best.plan.axes["pipeline"]
+
+
+def test_what_is_only_priced_is_marked_and_the_best_that_runs_is_named():
+    program, machine = named("gpt:39b", batch=1536), Machine.load("a100x8", hosts=8)
+    runs = frozenset({"data", "tensor", "zero", "microbatches", "recompute"})
+    ranking = search(program, machine, runs=runs)
+    assert techniques(ranking.plan) - runs
+    assert ranking.runnable.plan == search(program, machine, allow=runs).plan
+    text = str(ranking)
+    assert f"runs    this version only prices {', '.join(sorted(techniques(ranking.plan) - runs))}. The best plan that it runs is " in text
+    for other in ranking.others:
+        line = next(line for line in text.splitlines() if other.reason in line)
+        assert line.endswith("; only priced") == bool(techniques(other.plan) - runs)
+    everything = search(program, machine, runs=frozenset(TECHNIQUES))
+    assert everything.runnable is None
+    assert "only price" not in str(everything)
+    assert everything.plan == ranking.plan
+    small = search(named("gpt:39b", batch=64), Machine.load("a100x8", hosts=8), runs=frozenset({"data"}))
+    assert "No plan that it runs fits." in str(small)
 
 
 def test_goals_differ():

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from parafit.errors import MachineError, ModelError
+from parafit.errors import MachineError, ModelError, PlanError
 from parafit.support.files import write_output
 
 
@@ -25,6 +25,7 @@ from parafit.support.files import write_output
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the plan here, as JSON for --plan.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page with plots here.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write when each task of a pipeline runs here, for Chrome or Perfetto.")
 def plan(model: str, **options) -> int:
     """Find the best plan to train MODEL with, and say what it would take.
 
@@ -49,6 +50,7 @@ def plan_text(
     sizes: tuple[int, int] | None = None,
     out: Path | None = None,
     report: Path | None = None,
+    trace: Path | None = None,
 ) -> str:
     """Find a plan, write the files that were asked for, and give the text to print.
 
@@ -65,11 +67,17 @@ def plan_text(
         sizes: numbers of inputs and outputs that a .py file's `build_model` is called with.
         out: the plan's JSON file to write.
         report: the page to write.
+        trace: the file of a pipeline's timeline to write.
+
+    Raises:
+        MachineError: hosts or a network without a machine.
+        PlanError: no plan, or a trace of one without a pipeline.
     """
     from parafit.planner.machine.machine import Machine
     from parafit.planner.search.explain import explain
     from parafit.planning import find_plan
     from parafit.reports.plan_page import plan_page
+    from parafit.reports.trace import write_trace
 
     if machine is None and (hosts is not None or network is not None):
         raise MachineError("--hosts and --network describe a machine that is not here: name it with --machine, such as --machine h100x8.")
@@ -78,6 +86,12 @@ def plan_text(
     names = None if allow is None else [name.strip() for name in allow.split(",")]
     wanted = load_model(model, sizes)
     plan = find_plan(wanted, batch_size=batch_size, machine=where, goal=goal, max_bytes=nbytes, allow=names)
+    timeline = plan.ranking.best.cost.timeline
+    if trace and timeline is None:
+        raise PlanError(
+            f"the best plan is {plan.short()!r}, which has no pipeline, so there is no timeline to write to {str(trace)!r}. "
+            "Leave --trace out, or allow little else than a pipeline, such as with --allow pipeline,microbatches."
+        )
     pieces = [str(plan)] + ([explain(plan, instead)] if instead else [])
     if out:
         write_output(out, plan.to_json() + "\n")
@@ -85,6 +99,9 @@ def plan_text(
     if report:
         write_output(report, plan_page(plan.ranking, instead))
         pieces.append(f"written  {report}")
+    if trace:
+        write_trace(trace, timeline)
+        pieces.append(f"written  {trace}")
     return "\n\n".join(pieces)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parafit.errors import PlanError
+from parafit.support.units import gibibytes
 
 SAME = 1e-9
 """Times whose relative difference is not larger count as equal."""
@@ -126,8 +127,8 @@ def _too_large(chain: "_Chain", limits: Sequence[float]) -> PlanError:
     first, last = cut.starts[stage], (*cut.starts[1:], len(chain.units))[stage] - 1
     names = " to ".join(dict.fromkeys([chain.units[first].name, chain.units[last].name]))
     return PlanError(
-        f"no cut into {len(limits)} stages fits: at best, stage {stage} ({names}) keeps {cut.nbytes[stage]:,.0f} bytes, {excess:,.0f} more "
-        "than its device may. Use more stages, recompute activations, or split state."
+        f"no cut into {len(limits)} stages fits: at best, stage {stage} ({names}) keeps {gibibytes(cut.nbytes[stage])}, "
+        f"{gibibytes(excess)} more than its device may. Use more stages, recompute activations, or split state."
     )
 
 

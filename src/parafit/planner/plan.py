@@ -54,7 +54,7 @@ class Plan:
         microbatches: parts a device's share of the batch is cut into, gradients accumulated (and what a pipeline pumps through).
         recompute: "none", or "blocks": activations inside blocks are computed again in the backward pass.
         precision: "float32", or "bfloat16": operands of float32 products and convolutions; results, state and all else stay float32.
-        interleave: chunks of the model per pipeline stage (1F1B with virtual stages).
+        interleave: stages that each device of a pipeline has, with a schedule that knows several ("interleaved", "list").
         schedule: one of `parafit.planner.schedules.SCHEDULES`, of a plan with a pipeline.
         statistics: "batch", or "microbatch": layers that tie the rows of a batch, such as BatchNorm, tie those of a microbatch, which
             is then rows of the batch in order on every layout.

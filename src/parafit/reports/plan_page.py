@@ -5,10 +5,11 @@ from parafit.planner.search.explain import explain
 from parafit.planner.search.ranking import Ranking
 from parafit.reports.html import Section, code, page, table
 from parafit.reports.plots import parts_plot, points_plot
+from parafit.reports.schedule_page import schedule_section
 
 
 def plan_page(ranking: Ranking, instead: str | None = None) -> str:
-    """A ranking as one self-contained HTML page: the plan, and plots of time and memory over its rivals.
+    """A ranking as one self-contained HTML page: the plan, the timeline of its pipeline, and plots of time and memory over its rivals.
 
     Args:
         ranking: what a search found.
@@ -31,8 +32,10 @@ def plan_page(ranking: Ranking, instead: str | None = None) -> str:
         parts_plot("Memory of the fullest device", {name: choice.cost.memory for name, choice in fitting.items()}, "GiB", 2**-30),
         points_plot("Time against memory", {name: _point(choice.cost) for name, choice in choices.items()}, ranking.limit_bytes / 2**30),
     ]
+    timeline = ranking.best.cost.timeline
     sections = [
         Section(heading="Plan", pieces=[code(str(ranking.plan))]),
+        *([schedule_section(timeline)] if timeline else []),
         Section(heading="Beside it", pieces=[*figures, table(["", "plan", "step, ms", "memory, GiB", "why not"], rows)]),
     ]
     if instead:

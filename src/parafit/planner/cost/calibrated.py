@@ -45,9 +45,15 @@ class Measured:
         if operation.kind == "gather":
             return self.gathering_seconds(operation, share.bytes)
         missing = self.missing_seconds(operation, share.bytes) + self.stacking_seconds(operation, share.bytes)
+        return self.near_seconds(operation, share) + missing
+
+    def near_seconds(self, operation: Operation, share: Share) -> float:
+        """The same with its arrays near by."""
+        if operation.kind == "loop":
+            return self.device.loop_seconds
         if operation.kind in ("matmul", "convolution", "attention"):
-            return self.product_seconds(operation, share) + missing
-        return max(self.device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share)) + missing
+            return self.product_seconds(operation, share)
+        return max(self.device.curve_seconds(operation.kind, share.bytes), self.evaluating_seconds(operation, share))
 
     def stacking_seconds(self, operation: Operation, nbytes: float) -> float:
         """Slices of arrays that hold something of all steps of a loop: each that is written is a copy of its own, and of each that is

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from parafit.planner.schedules.simulate import Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,6 +14,7 @@ class Cost:
     Attributes:
         times: seconds of the busiest device by part.
         memory: bytes of the fullest device by part.
+        timeline: of a pipeline, when each task of a step runs.
 
     >>> cost = Cost(times={"forward matmul": 0.5, "all-reduce tensor": 0.25}, memory={"parameters": 100.0})
     >>> cost.seconds, cost.peak_bytes
@@ -26,6 +29,7 @@ class Cost:
 
     times: Mapping[str, float]
     memory: Mapping[str, float]
+    timeline: Timeline | None = field(default=None, compare=False, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -39,6 +43,7 @@ class Cost:
 
     def __str__(self):
         lines = [f"step    {self.seconds * 1e3:.3f} ms", *_rows(self.times, self.seconds, 1e3, "ms ", 3)]
+        lines += [f"idle    {self.timeline.idle_share:.1%} of its devices' time".replace("%", " %")] if self.timeline else []
         return "\n".join(
             [*lines, f"memory  {self.peak_bytes / 2**20:.1f} MiB a device", *_rows(self.memory, self.peak_bytes, 2**-20, "MiB", 1)]
         )

@@ -6,20 +6,23 @@ is computation to hide it. What a pipeline adds is in `pipeline`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from parafit.planner.cost.calibrated import Measured
-from parafit.planner.cost.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Group, seconds
+from parafit.planner.cost.collectives import ALL_GATHER, seconds
 from parafit.planner.cost.cost import Cost
+from parafit.planner.cost.exchanges import Exchanges
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, peak, recomputed
-from parafit.planner.cost.pipeline import Pipeline, merge
+from parafit.planner.cost.pipeline import Tasks, merge
+from parafit.planner.cost.stages import cut_program, is_counted, joined
 from parafit.planner.layout import Piece
 from parafit.planner.machine.machine import Machine
 from parafit.planner.partition import Exchange, Partition
 from parafit.planner.plan import Plan
 from parafit.planner.program import Operation, Program
+from parafit.planner.schedules.grid import SPLIT_BACKWARD
 
 
 def price(program: Program, plan: Plan, machine: Machine, *, software: Software | None = None) -> Cost:
@@ -45,20 +48,54 @@ def price(program: Program, plan: Plan, machine: Machine, *, software: Software 
     >>> abs(sum(cost.times.values()) - cost.seconds) < 1e-12
     True
     """
-    return Estimator(program, plan, machine, software or Software()).cost()
+    return estimator(program, plan, machine, software or Software()).cost()
 
 
-class Estimator(Pipeline):
+def estimator(program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()) -> "Estimator":
+    """What works a price out.
+
+    Args:
+        program: what one step computes.
+        plan: who does it.
+        machine: what computes.
+        software: what the framework does.
+        cut: the microbatches; default: as the plan cuts the program's batch.
+    """
+    kind = StagesEstimator if cuts_anywhere(program, plan) else Estimator
+    return kind(program, plan, machine, software, cut=cut)
+
+
+class Estimator(Exchanges):
     """The parts of a price while they are worked out. Times are of one microbatch and one block until `cost` adds them up."""
 
-    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = ()):
+    def __init__(
+        self, program: Program, plan: Plan, machine: Machine, software: Software, *, cut: Sequence[Piece] = (), is_stage: bool = False
+    ):
         program = (plan.recompute == "blocks" and program.recomputed) or program
-        super().__init__(program, plan, machine, software, Partition(program, plan, cut, flat_state=software.flat_state))
+        super().__init__(program, plan, machine, software, self.split(program, plan, cut, software.flat_state))
+        self.pipelines = self.devices > 1
+        if is_stage:
+            self.devices = self.stages = 1
         self.precision = software.precision or plan.precision
         self.rate = machine.device.memory_bytes_per_second * machine.device.memory_share
-        self.places = _places(program)
         measured = Measured(program, self.partition, machine.device, self.precision, lambda: self.reach_bytes)
         self.measured = measured if machine.device.curves else None
+
+    def split(self, program: Program, plan: Plan, cut: Sequence[Piece], flat_state: bool) -> Partition:
+        """What each device does.
+
+        Args:
+            program: what one step computes.
+            plan: who does it.
+            cut: the microbatches; none: as the plan cuts the program's batch.
+            flat_state: as in `parafit.planner.cost.framework.Software`.
+        """
+        return Partition(program, plan, cut, flat_state=flat_state)
+
+    @cached_property
+    def places(self) -> list[str]:
+        """Where each operation is: "first", before the blocks; in one of the "blocks"; "last", after them."""
+        return _places(self.program)
 
     @cached_property
     def reach_bytes(self) -> float:
@@ -70,21 +107,25 @@ class Estimator(Pipeline):
         """Names of what the forward pass writes."""
         return frozenset(name for operation in self.program.operations if operation.phase == "forward" for name in operation.outputs)
 
-    def cost(self) -> Cost:
-        """All parts together."""
-        parts = {place: self.microbatch(place) for place in ("first", "blocks", "last")}
-        times = self.pipelined(parts)
+    def cost(self, *, simulated: bool = True) -> Cost:
+        """All parts together.
+
+        Args:
+            simulated: a pipeline by its schedule's grid; else by what that takes at least.
+        """
+        times, timeline = self.pipelined(simulated=simulated)
         for part in (self.updated(), self.reduced(times), self.gathered(times)):
             merge(times, part)
-        times["dispatch"] = self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds
+        merge(
+            times, {"dispatch": self.machine.device.dispatch_seconds / self.software.steps_per_dispatch + self.machine.device.loop_seconds}
+        )
         if self.measured:
             times["feed"] = self.measured.feed_seconds(self.software.steps_per_dispatch)
-            times["operations"] = self.measured.starting_seconds()
-        return Cost(times=times, memory=self.memory())
+            times["operations"] = self.measured.starting_seconds() / self.devices
+        return Cost(times=times, memory=self.memory(), timeline=timeline)
 
-    def microbatch(self, place: str) -> dict[str, float]:
-        """Seconds by part of one microbatch in the operations before the blocks, of one block, or after them."""
-        times: dict[str, float] = {}
+    def tasks(self, place: str) -> Tasks:
+        times: dict[str, dict[str, float]] = {kind: {} for kind in SPLIT_BACKWARD}
         launched = {"forward": 0.0, "backward": 0.0}
         seen: set[tuple[str, str, str]] = set()
         repeats = place == "blocks" and self.plan.recompute == "blocks"
@@ -105,12 +146,19 @@ class Estimator(Pipeline):
                     part[name] = part.get(name, 0.0) + self.exposed(exchange, beside) * operation.steps
             idle = host * operation.steps - sum(part.values())
             launched[operation.phase] += idle
-            merge(times, part)
+            merge(times[self.kind_of(operation)], part)
             if repeats and operation.phase == "forward" and (self.software.recomputes_all or operation in needed):
-                merge(times, {name.replace("forward", "recompute"): value for name, value in part.items()})
+                merge(times["B"], {name.replace("forward", "recompute"): value for name, value in part.items()})
                 launched["backward"] += idle
-        times["launch"] = sum(max(0.0, idle) for idle in launched.values())
+        for kind, phase in (("F", "forward"), ("B", "backward")):
+            times[kind]["launch"] = max(0.0, launched[phase])
         return times
+
+    def kind_of(self, operation: Operation) -> str:
+        """The kind of task that an operation of the forward or backward pass is in: W if it gives gradients of parameters alone."""
+        if operation.phase == "forward":
+            return "F"
+        return "W" if all(self.program.tensors[name].role == "gradient" for name in operation.outputs) else "B"
 
     def operation_seconds(self, operation: Operation, share) -> float:
         """The roofline of one run, or what was measured.
@@ -177,129 +225,32 @@ class Estimator(Pipeline):
                 total += once * self.copies(operation.count)
         return {"update": total}
 
-    def reduced(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Gradients that are partial sums, reduced over the axes that split what they sum over; hidden behind the backward pass."""
-        sums: dict[str, float] = {}
-        for operation, place in zip(self.program.operations, self.places):
-            if operation.phase == "backward" and (place != "first" or self.stages == 1):
-                for exchange in self.partition.of(operation).exchanges:
-                    if exchange.tensor.role == "gradient":
-                        nbytes = exchange.bytes * operation.steps * self.copies(operation.count)
-                        sums[exchange.axis] = sums.get(exchange.axis, 0.0) + nbytes
-        return {f"gradients {axis}": self.gradient_seconds(axis, nbytes, times) for axis, nbytes in sums.items()}
-
-    def gradient_seconds(self, axis: str, nbytes: float, times: Mapping[str, float]) -> float:
-        """Exposed seconds of reducing all gradients along an axis.
+    def memory(self, *, in_flight: float = 1) -> dict[str, float]:
+        """Bytes by part of the fullest device.
 
         Args:
-            axis: name of a mesh axis.
-            nbytes: bytes of all gradients on a device.
-            times: seconds of a step by part; backward ones hide the reduction.
+            in_flight: microbatches whose activations it keeps at once, where the program is a stage.
         """
-        summed = self.stages > 1 or self.software.sums_microbatches
-        each_time = not summed or (self.plan.zero_stage >= 2 and axis == "data")
-        rounds = self.partition.turns if each_time else 1
-        buckets = self.buckets(nbytes)
-        one = self.state_seconds(axis, nbytes / buckets)
-        if self.software.overlap_gradients and axis == "data":
-            beside = _sum(times, "backward") / self.partition.turns * rounds
-            return self.hidden(one * buckets * rounds, one * rounds, beside * (1 - 1 / buckets), axis)
-        return one * buckets * rounds
-
-    def buckets(self, nbytes: float) -> int:
-        """Parts in which gradients are reduced or parameters gathered."""
-        if self.software.bucket_bytes:
-            return max(1, math.ceil(nbytes / self.software.bucket_bytes))
-        return self.copies(self.blocks)
-
-    def state_seconds(self, axis: str, nbytes: float) -> float:
-        """One reduction of gradients: whole where state is not split, else scattered and, over groups, reduced across them.
-
-        Args:
-            axis: name of a mesh axis.
-            nbytes: bytes of the gradients on a device.
-        """
-        group = self.partition.group(axis)
-        if axis not in self.plan.store.values() or self.software.reduces_whole:
-            return seconds(ALL_REDUCE, nbytes, group, self.machine)
-        shards = self.partition.shards(axis)
-        across = Group(group.size // shards, group.stride * shards)
-        scattered = seconds(REDUCE_SCATTER, nbytes, Group(shards, group.stride), self.machine)
-        return scattered + seconds(ALL_REDUCE, nbytes / shards, across, self.machine)
-
-    def gathered(self, times: Mapping[str, float]) -> dict[str, float]:
-        """Parameters that rest split: gathered after the update (ZeRO 1 and 2), or before each use (ZeRO 3)."""
-        axis = self.plan.store.get("slot")
-        if not axis:
-            return {}
-        parameters = [tensor for tensor in self.program.of_role("parameter") if self.partition.stored_parts(tensor, "slot") > 1]
-        nbytes = sum(self.partition.local_bytes(tensor) * self.copies(tensor.count) for tensor in parameters)
-        group = Group(self.partition.shards(axis), self.partition.group(axis).stride)
-        if self.plan.zero_stage < 3:
-            buckets = self.buckets(nbytes)
-            return {f"parameters {axis}": seconds(ALL_GATHER, nbytes / buckets, group, self.machine) * buckets}
-        blocks = self.copies(self.blocks)
-        one = seconds(ALL_GATHER, nbytes / blocks, group, self.machine)
-        return {f"parameters {axis}": sum(self.prefetched(one, blocks, phase, times) for phase in ("forward", "backward"))}
-
-    def prefetched(self, one: float, blocks: int, phase: str, times: Mapping[str, float]) -> float:
-        """Exposed seconds of gathering the parameters of all blocks, in every turn of a step.
-
-        Args:
-            one: seconds that gathering one block takes.
-            blocks: number of blocks that a device runs.
-            phase: "forward" or "backward": what the gathering runs beside, if the software does so.
-            times: seconds of a step by part.
-        """
-        count = self.partition.turns
-        whole = one * blocks * count
-        return self.hidden(whole, one * count, _sum(times, phase), "data") if phase in self.software.prefetch else whole
-
-    def hidden(self, taken: float, least: float, beside: float, axis: str) -> float:
-        """What is left of a collective that runs beside computation: its first or last part, what outlasts the computation, and the
-        processor time that it takes from it.
-
-        Args:
-            taken: seconds of the collective by itself.
-            least: seconds of the part that nothing runs beside.
-            beside: seconds of the computation.
-            axis: name of a mesh axis.
-        """
-        inside, hosts = self.partition.group(axis).split(self.machine.devices_per_host)
-        share = max(self.machine.inner.processor_share * (inside > 1), self.machine.network.processor_share * (hosts > 1))
-        left = max(least, taken - beside)
-        return left + (taken - left) * share
-
-    def memory(self) -> dict[str, float]:
-        """Bytes by part of the fullest stage."""
         found = [
             peak(self.program, self.partition.fullest, stage, reserved_bytes=self.machine.device.context_bytes)
-            for stage in self.stage_parts()
+            for stage in self.stage_parts(in_flight)
         ]
         parts = max(found, key=lambda part: sum(part.values()))
         parts["communication"] = self.buffer_bytes()
         parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
         return parts
 
-    @cached_property
-    def counts(self) -> tuple[int, int, int]:
-        """Blocks of the first, of the fullest middle and of the last stage. Where times depend on memory, stages are taken to be equal."""
-        each = math.ceil(self.blocks / self.stages)
-        if self.machine.device.curves:
-            return each, each, each
-        return self.cut({place: sum(self.microbatch(place).values()) for place in ("first", "blocks", "last")})
-
-    def stage_parts(self) -> list[Stage]:
-        """The stages that may hold most: all in one, or the first (as full as a middle one) and the last."""
+    def stage_parts(self, in_flight: float = 1) -> list[Stage]:
+        """The stages that may hold most: all in one, or those of the first device (as full as one in the middle) and of the last."""
         operations = [operation for operation in self.program.operations if operation.phase != "update"]
-        if self.stages == 1:
-            return [Stage(operations=operations, block_share=1.0, in_flight=1)]
+        if self.devices == 1:
+            return [Stage(operations=operations, block_share=1.0, in_flight=in_flight)]
         placed = [(operation, place) for operation, place in zip(self.program.operations, self.places) if operation.phase != "update"]
         ends = [[operation for operation, place in placed if place != other] for other in ("last", "first")]
-        first, middle, last = self.counts
-        most = min(self.partition.turns, self.stages + (self.stages - 1) / self.plan.interleave * (self.plan.interleave > 1))
-        shares = [count / self.blocks - 1e-9 for count in (max(first, middle), last)]  # whole numbers of blocks stay whole
-        return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (most, 1))]
+        *others, last = [sum(self.counts[device :: self.devices]) for device in range(self.devices)]
+        kept = self.in_flight()
+        shares = [count / self.blocks - 1e-9 for count in (max(others), last)]  # whole numbers of blocks stay whole
+        return [Stage(operations=part, block_share=share, in_flight=count) for part, share, count in zip(ends, shares, (kept[0], kept[-1]))]
 
     def buffer_bytes(self) -> float:
         """Blocks of parameters gathered ahead, and one block's gradients before they are scattered (ZeRO 3)."""
@@ -308,6 +259,90 @@ class Estimator(Pipeline):
         block = [tensor for tensor in self.program.of_role("parameter") if tensor.count > 1 or self.blocks == 1]
         gathered = sum(self.partition.local_bytes(tensor) for tensor in block)
         return (3 if self.software.prefetch else 2) * gathered
+
+
+class StagesEstimator(Estimator):
+    """The same of a pipeline that is cut between any operations: each stage, and what one device has of them, is priced as a program of
+    its own.
+
+    Args:
+        part: gives the estimator of such a program.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        machine: Machine,
+        software: Software,
+        *,
+        cut: Sequence[Piece] = (),
+        part: Callable[[Program], Estimator] | None = None,
+    ):
+        super().__init__(program, plan, machine, software, cut=cut)
+        self.part = part or (lambda stage: Estimator(stage, plan, machine, software, cut=cut, is_stage=True))
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Program, ...], tuple[float, ...]]:
+        """The program of each stage, and what each passes on."""
+        return self.cut_pieces()
+
+    def cut_pieces(self) -> tuple[tuple[Program, ...], tuple[float, ...]]:
+        """The same, worked out."""
+        return cut_program(self.program, self.stages, self.near_seconds, self.partition.local_bytes)
+
+    @cached_property
+    def on_stages(self) -> list[Estimator]:
+        """The estimator of each stage."""
+        return [self.part(program) for program in self.pieces[0]]
+
+    @cached_property
+    def on_devices(self) -> list[Estimator]:
+        """The estimator of all that each device has."""
+        programs, step = self.pieces[0], self.devices
+        if step == self.stages:
+            return self.on_stages
+        return [self.part(joined(self.program, programs[device::step])) for device in range(step)]
+
+    def near_seconds(self, operation: Operation) -> float:
+        """One run of an operation with its arrays near by: all that can be known before it is known what a device touches."""
+        share = self.partition.of(operation)
+        return self.measured.near_seconds(operation, share) if self.measured else self.operation_seconds(operation, share)
+
+    def stage_tasks(self, stage: int) -> Tasks:
+        return self.on_stages[stage].stage_tasks(0)
+
+    def stage_sums(self, stage: int) -> dict[str, float]:
+        return self.on_stages[stage].stage_sums(0)
+
+    def passed_bytes(self, stage: int) -> float:
+        return self.pieces[1][stage]
+
+    def updated(self) -> dict[str, float]:
+        return _longest(each.updated() for each in self.on_devices)
+
+    def reduced(self, times: Mapping[str, float]) -> dict[str, float]:
+        return _longest(each.reduced(times) for each in self.on_devices)
+
+    def gathered(self, times: Mapping[str, float]) -> dict[str, float]:
+        return _longest(each.gathered(times) for each in self.on_devices)
+
+    def memory(self) -> dict[str, float]:
+        return _longest(each.memory(in_flight=count) for each, count in zip(self.on_devices, self.in_flight()))
+
+
+def cuts_anywhere(program: Program, plan: Plan) -> bool:
+    """Whether a plan cuts a program between any of its operations, for its blocks are not counted.
+
+    Args:
+        program: what one step computes.
+        plan: who does it.
+    """
+    return plan.axes.get("pipeline", 1) > 1 and not is_counted(program)
+
+
+def _longest(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    return max(parts, key=lambda part: sum(part.values()))
 
 
 def _head_share(shape: tuple[float, ...]) -> float:
@@ -329,8 +364,3 @@ def _places(program: Program) -> list[str]:
         after, before = ("last", "first") if phase == "forward" else ("first", "last")
         places.append("blocks" if operation.count > 1 else after if passed else before)
     return places
-
-
-def _sum(times: Mapping[str, float], phase: str) -> float:
-    words = ("backward", "recompute") if phase == "backward" else (phase,)
-    return sum(value for name, value in times.items() if name.startswith(words))

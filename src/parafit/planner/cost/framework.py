@@ -18,6 +18,7 @@ class Software:
         reduces_whole: gradients are all-reduced even where their slots are split.
         launch_seconds: what the host takes to launch one operation; it matters where the device is faster.
         collective_seconds: what the host takes to launch one collective of a microbatch.
+        overlap_sends: whether what stages of a pipeline send travels while they compute; else sender and receiver wait for it.
         send_split: whether the devices of a tensor axis each send a part of what passes between stages.
         bucket_bytes: gradients are reduced, and updated parameters gathered, in buckets of so much; 0: block by block.
         attention: share of the peak that fused attention reaches, "forward" and "backward", where another version is used.
@@ -37,6 +38,7 @@ class Software:
     reduces_whole: bool = False
     launch_seconds: float = 0.0
     collective_seconds: float = 0.0
+    overlap_sends: bool = True
     send_split: bool = False
     bucket_bytes: float = 0.0
     attention: Mapping[str, float] = field(default_factory=dict)

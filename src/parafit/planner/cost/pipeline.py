@@ -1,10 +1,13 @@
-"""What a pipeline's stages take, send and wait for. Plain Python.
+"""When the tasks of a pipeline run: its schedule, simulated with what stages take and send. Plain Python.
 
-A pipeline of p stages, m microbatches and v chunks a stage idles (p - 1) / v microbatches (1F1B, Narayanan et al. 2021).
+The grid is the one that runs. Parts of a price are those of the device that computes longest; how much longer the last one takes is the
+"bubble", and what of it is due to sending and to starting tasks is listed apart.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 
 from parafit.planner.cost.collectives import SEND, Group, seconds
 from parafit.planner.cost.framework import Software
@@ -13,6 +16,14 @@ from parafit.planner.machine.machine import Machine
 from parafit.planner.partition import Partition
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
+from parafit.planner.schedules import make_grid
+from parafit.planner.schedules.bounds import kept, least_makespan
+from parafit.planner.schedules.grid import SPLIT_BACKWARD
+from parafit.planner.schedules.simulate import Timeline, simulate
+from parafit.planner.schedules.times import TaskTimes
+
+Tasks = Mapping[str, Mapping[str, float]]
+"""Seconds of one microbatch by kind of task ("F", "B", "W"), then by part."""
 
 
 class Pipeline:
@@ -28,53 +39,161 @@ class Pipeline:
 
     def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, partition: Partition):
         self.program, self.plan, self.machine, self.software, self.partition = program, plan, machine, software, partition
-        self.stages = plan.axes.get("pipeline", 1)
+        self.devices = plan.axes.get("pipeline", 1)
+        self.stages = self.devices * plan.interleave if self.devices > 1 else 1
         self.blocks = max((operation.count for operation in program.operations), default=1)
 
-    def pipelined(self, parts: dict[str, dict[str, float]]) -> dict[str, float]:
-        """Seconds of all microbatches on the busiest stage, what it sends, and the time it waits."""
-        count = self.partition.rounds
-        hops = self.hops()
-        stages = self.stage_times(parts, hops)
-        busiest = max(stages, key=lambda times: sum(times.values()))
-        times = {name: value * count for name, value in busiest.items()}
-        if self.stages > 1:
-            longest = sum(busiest.values()) - busiest["send pipeline"]
-            rest = sum(parts["first"].values()) + sum(parts["last"].values()) + self.blocks * sum(parts["blocks"].values()) - longest
-            times["bubble"] = (max(0.0, rest) + sum(hops)) / self.plan.interleave
-        return times
+    def tasks(self, place: str) -> Tasks:
+        """One microbatch in the operations before the blocks ("first"), in one of the "blocks", or after them ("last")."""
+        raise NotImplementedError
 
-    def stage_times(self, parts: dict[str, dict[str, float]], hops: Sequence[float]) -> list[dict[str, float]]:
-        """Seconds by part of one microbatch on the first, the last and a middle stage.
+    def sums(self, place: str) -> dict[str, float]:
+        """The same by kind of task."""
+        return {kind: sum(part.values()) for kind, part in self.tasks(place).items()}
+
+    def stage_tasks(self, stage: int) -> Tasks:
+        """One microbatch on a stage."""
+        found: dict[str, dict[str, float]] = {kind: {} for kind in SPLIT_BACKWARD}
+        for place, count in self.stage_places(stage):
+            for kind, part in self.tasks(place).items():
+                merge(found[kind], {name: value * count for name, value in part.items()})
+        return found
+
+    def stage_sums(self, stage: int) -> dict[str, float]:
+        """The same by kind of task."""
+        found: dict[str, float] = dict.fromkeys(SPLIT_BACKWARD, 0.0)
+        for place, count in self.stage_places(stage):
+            merge(found, {kind: value * count for kind, value in self.sums(place).items()})
+        return found
+
+    def stage_places(self, stage: int) -> list[tuple[str, int]]:
+        """Where the operations of a stage are, and how often."""
+        ends = [("first", 1)] * (stage == 0) + [("last", 1)] * (stage == self.stages - 1)
+        return [("blocks", self.counts[stage]), *ends]
+
+    def pipelined(self, *, simulated: bool = True) -> tuple[dict[str, float], Timeline | None]:
+        """Seconds of all microbatches on the busiest device, what it sends, and the time it waits; and when every task runs.
 
         Args:
-            parts: seconds of a microbatch by place ("first", "blocks", "last") and by part; those in "blocks" are of one block.
-            hops: seconds that a microbatch takes from each stage to the next.
+            simulated: by the schedule's grid; else what it takes at least.
         """
-        totals = {place: sum(times.values()) for place, times in parts.items()}
-        if self.stages == 1:
-            return [merge(merge(_times(parts["blocks"], self.blocks), parts["first"]), parts["last"])]
-        first, middle, last = self.cut(totals)
-        ends = [merge(_times(parts["blocks"], count), parts[place]) for place, count in (("first", first), ("last", last))]
-        stages = [*ends, _times(parts["blocks"], middle)]
-        return [stage | {"send pipeline": sent} for stage, sent in zip(stages, (hops[0], hops[-1], max(hops)))]
+        if self.devices == 1:
+            return self.device_parts(0), None
+        busy = self.busy_seconds()
+        busiest = max(range(self.devices), key=busy.__getitem__)
+        parts, computing = self.device_parts(busiest), self.partition.turns * busy[busiest]
+        if not simulated:
+            return parts | {"bubble": max(0.0, self.makespan_at_least() - computing)}, None
+        whole, quiet, still = self.timelines(self.task_times)
+        merge(parts, {"send pipeline": quiet.makespan - still.makespan, "dispatch": whole.makespan - quiet.makespan})
+        return parts | {"bubble": max(0.0, still.makespan - computing)}, whole
 
-    def hops(self) -> list[float]:
-        """Seconds to hand one microbatch over each boundary between stages, and its gradient back: in a host, or between hosts where one
-        ends there (the chunks of an interleaved schedule go round, so that every stage waits for the slowest)."""
-        inside = max(1, self.machine.devices_per_host // self.partition.group("pipeline").stride) if self.stages > 1 else 1
-        round_trip = self.plan.interleave > 1 and self.stages > inside
-        across = [round_trip or (index + 1) % inside == 0 for index in range(self.stages - 1)]
-        one = {kind: 2 * self.plan.interleave * self.send_seconds(kind) for kind in set(across)}
-        return [one[kind] for kind in across]
+    def busy_seconds(self) -> list[float]:
+        """What one microbatch takes on each device."""
+        times = self.task_times
+        each = list(map(sum, zip(times.forward, times.backward, times.weights)))
+        return [sum(each[device :: self.devices]) for device in range(self.devices)]
+
+    def makespan_at_least(self) -> float:
+        """Seconds of all microbatches, if there are so many equal ones, by what the schedule takes at least."""
+        return least_makespan(self.plan.schedule, self.task_times, devices=self.devices, microbatches=self.partition.turns)
+
+    def least_seconds(self) -> float:
+        """The same with microbatches as they are."""
+        return self.makespan_at_least() + max(self.busy_seconds()) * (self.partition.rounds - self.partition.turns)
+
+    def timelines(self, times: TaskTimes) -> tuple[Timeline, Timeline, Timeline]:
+        """When the tasks of the plan's grid run; the same if starting them took nothing; and if sending took nothing either."""
+        grid = make_grid(
+            self.plan.schedule,
+            devices=self.devices,
+            microbatches=self.partition.turns,
+            interleave=self.plan.interleave,
+            times=times,
+        )
+        quiet = simulate(grid, replace(times, host=0.0))
+        still = simulate(grid, replace(times, host=0.0, send=(0.0,) * len(times.send))) if any(times.send) else quiet
+        hosts = [device // self.devices_inside for device in range(self.devices)]
+        return simulate(grid, times, processes=hosts) if times.host else quiet, quiet, still
+
+    def device_parts(self, device: int) -> dict[str, float]:
+        """Seconds of all microbatches on a device by part."""
+        parts: dict[str, float] = {}
+        for stage in range(device, self.stages, self.devices):
+            for part in self.stage_tasks(stage).values():
+                merge(parts, part)
+            merge(parts, {"send pipeline": 2 * self.blocked(stage)} if self.devices > 1 else {})
+        return {name: value * self.partition.rounds for name, value in parts.items()}
+
+    @cached_property
+    def task_times(self) -> TaskTimes:
+        """What each stage's tasks take."""
+        return self.timed()
+
+    def timed(self) -> TaskTimes:
+        """The same, worked out."""
+        sums = [self.stage_sums(stage) for stage in range(self.stages)]
+        return TaskTimes(
+            forward=tuple(each["F"] + self.blocked(stage) for stage, each in enumerate(sums)),
+            backward=tuple(each["B"] + self.blocked(stage) for stage, each in enumerate(sums)),
+            weights=tuple(each["W"] for each in sums),
+            send=tuple(travels for _, travels in self.hops),
+            host=self.machine.device.dispatch_seconds,
+        )
+
+    def blocked(self, stage: int) -> float:
+        """Seconds in which handing a microbatch on, and again its gradient back, keeps a stage from computing.
+
+        Where sender and receiver wait for each other, a stage waits for what it exchanges with the next; the last one with that before it.
+        """
+        return self.hops[min(stage, self.stages - 2)][0]
+
+    @cached_property
+    def hops(self) -> list[tuple[float, float]]:
+        """Seconds at each boundary between stages that keep from computing, and that do not: in a host, or between two where one ends."""
+        inside, found, remembered = self.devices_inside, [], {}
+        for stage in range(self.stages - 1):
+            one, other = stage % self.devices, (stage + 1) % self.devices
+            key = one // inside != other // inside, self.passed_bytes(stage)
+            if key not in remembered:
+                remembered[key] = self.hop(*key)
+            found.append(remembered[key])
+        return found
+
+    def hop(self, across: bool, nbytes: float) -> tuple[float, float]:
+        """Seconds of one activation from one stage to the next in which the processor cannot compute, and the others.
+
+        Args:
+            across: from one host to another.
+            nbytes: bytes of a device's part of it.
+        """
+        taken = self.send_seconds(across, nbytes)
+        link = self.machine.network if across else self.machine.inner
+        blocked = taken * (link.processor_share if self.software.overlap_sends else 1.0)
+        return blocked, taken - blocked
+
+    @property
+    def devices_inside(self) -> int:
+        """Devices of a pipeline in one host."""
+        return max(1, self.machine.devices_per_host // self.partition.group("pipeline").stride)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Blocks of each stage, so that the slowest is as quick as can be. Where times depend on memory, stages are taken to be equal."""
+        if self.stages == 1:
+            return [self.blocks]
+        if self.software.equal_stages:
+            most = math.ceil(self.blocks / self.stages)
+            return [max(0, min(most, self.blocks - stage * most)) for stage in range(self.stages)]
+        if self.machine.device.curves:
+            return _spread(self.blocks, self.stages)
+        first, _, last = self.cut({place: sum(self.sums(place).values()) for place in ("first", "blocks", "last")})
+        return [first, *_spread(self.blocks - first - last, self.stages - 2), last]
 
     def cut(self, totals: Mapping[str, float]) -> tuple[int, int, int]:
         """Blocks of the first, of the fullest middle and of the last stage, so that the slowest is as quick as can be."""
-        each = math.ceil(self.blocks / self.stages)
-        if self.software.equal_stages:
-            return each, each, each
-        best = (math.inf, each, each, each)
-        for last in range(each + 1):
+        best = (math.inf, 0, 0, 0)
+        for last in range(math.ceil(self.blocks / self.stages) + 1):
             rest = self.blocks - last
             for middle in range(math.ceil(rest / (self.stages - 1)), rest + 1) if self.stages > 2 else (0,):
                 first = max(0, rest - middle * (self.stages - 2))
@@ -84,17 +203,35 @@ class Pipeline:
                     break
         return best[1:]
 
-    def send_seconds(self, across: bool) -> float:
-        """One activation from one stage to the next, in a host or to another."""
-        nbytes = sum(self.partition.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
+    def passed_bytes(self, stage: int) -> float:
+        """Bytes of a microbatch that a stage hands on."""
+        return self._boundary_bytes
+
+    @cached_property
+    def _boundary_bytes(self) -> float:
+        return sum(self.partition.local_bytes(tensor) for tensor in boundary(self.program, self.program.operations))
+
+    def send_seconds(self, across: bool, nbytes: float) -> float:
+        """One activation from one stage to the next, in a host or to another.
+
+        Args:
+            across: from one host to another.
+            nbytes: bytes of a device's part of it.
+        """
         tensor = self.plan.axes.get("tensor", 1)
-        if self.software.send_split and not any(self.plan.compute.get(dim) == "tensor" for dim in ("sequence",)):
+        if self.software.send_split and self.plan.compute.get("sequence") != "tensor":
             nbytes /= tensor
         return seconds(SEND, nbytes, self.partition.group("pipeline") if across else Group(2), self.machine)
 
+    def in_flight(self) -> list[float]:
+        """Microbatches whose activations each device keeps at once, of all its stages."""
+        plan, turns = self.plan, self.partition.turns
+        results = kept(plan.schedule, devices=self.devices, microbatches=turns, interleave=plan.interleave)
+        return [count / plan.interleave for count in results]
+
     def copies(self, count: int) -> int:
-        """How many of `count` equal operations the fullest stage has."""
-        return math.ceil(count / self.stages) if count > 1 else 1
+        """How many of `count` equal operations the fullest device has."""
+        return math.ceil(count / self.devices) if count > 1 else 1
 
 
 def merge(times: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
@@ -109,5 +246,10 @@ def merge(times: dict[str, float], more: Mapping[str, float]) -> dict[str, float
     return times
 
 
-def _times(times: Mapping[str, float], count: float) -> dict[str, float]:
-    return {name: value * count for name, value in times.items()}
+def _spread(count: int, over: int) -> list[int]:
+    """So many as evenly as can be.
+
+    >>> _spread(5, 3)
+    [1, 2, 2]
+    """
+    return [count * (place + 1) // over - count * place // over for place in range(over)]

@@ -10,7 +10,8 @@ from parafit.planner.layout import resolve
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
-from parafit.planner.search.ranking import gibibytes, label, milliseconds, times
+from parafit.planner.search.ranking import label, times
+from parafit.support.units import gibibytes, milliseconds
 
 Costs = tuple[Cost, Cost]
 

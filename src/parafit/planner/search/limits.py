@@ -3,12 +3,13 @@
 import math
 from dataclasses import replace
 
-from parafit.planner.cost.estimator import Estimator
+from parafit.planner.cost.estimator import estimator
 from parafit.planner.cost.framework import Software
+from parafit.planner.cost.stages import is_counted
 from parafit.planner.layout import Piece, kernel_dims, undivided
 from parafit.planner.plan import AXES, Plan
-from parafit.planner.search.ranking import milliseconds
 from parafit.planner.search.space import Candidates
+from parafit.support.units import milliseconds
 
 
 def limits(candidates: Candidates, software: Software, plan: Plan, seconds: float) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ def _batch(candidates: Candidates, software: Software, plan: Plan, seconds: floa
         plan, axes={axis: each for axis, each in axes.items() if each > 1}, compute={AXES["data"]: "data", **plan.compute}, store_group=0
     )
     rows = batch / plan.microbatches
-    even = Estimator(
+    even = estimator(
         candidates.program, wider, candidates.machine, software, cut=(Piece(count=plan.microbatches, rows=rows, devices=most),)
     )
     faster = even.cost().seconds
@@ -57,14 +58,14 @@ def _batch(candidates: Candidates, software: Software, plan: Plan, seconds: floa
 
 def _layers(candidates: Candidates, plan: Plan) -> str:
     stages = plan.axes.get("pipeline", 1)
-    if stages == candidates.blocks > 1:
+    if stages == candidates.blocks > 1 and is_counted(candidates.program):
         return f"a pipeline has no more stages than the {stages} blocks"
     return ""
 
 
 def _uneven_stages(candidates: Candidates, plan: Plan) -> str:
     stages = plan.axes.get("pipeline", 1) * plan.interleave
-    if candidates.blocks % stages == 0 or stages == 1:
+    if candidates.blocks % stages == 0 or stages == 1 or not is_counted(candidates.program):
         return ""
     parts = "stages" if plan.interleave == 1 else "chunks of stages"
     most = math.ceil(candidates.blocks / stages)

@@ -1,18 +1,21 @@
 """Prices of many plans of one program on one machine: what the plans have in common is worked out once. Plain Python."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 from parafit.planner.cost.cost import Cost
-from parafit.planner.cost.estimator import Estimator
+from parafit.planner.cost.estimator import Estimator, StagesEstimator, cuts_anywhere
 from parafit.planner.cost.framework import Software
 from parafit.planner.cost.memory import Stage, is_compiled, peak
+from parafit.planner.cost.pipeline import Tasks
+from parafit.planner.layout import Piece
 from parafit.planner.machine.machine import Machine
 from parafit.planner.partition import Partition, Share
 from parafit.planner.plan import Plan
 from parafit.planner.program import Operation, Program
+from parafit.planner.schedules.times import TaskTimes
 
 
 class Prices:
@@ -38,6 +41,7 @@ class Prices:
         self.program, self.machine, self.software = program, machine, software or Software()
         self._traits = _Traits(program)
         self._memo: dict[Hashable, Any] = {}
+        self._stages: dict[Hashable, Any] = {}
 
     @cached_property
     def state_bytes(self) -> float:
@@ -60,28 +64,52 @@ class Prices:
         """The price of a plan."""
         return self._estimator(plan).cost()
 
+    def at_least(self, plan: Plan) -> Cost:
+        """The same, a pipeline by what its schedule takes at least."""
+        return self._estimator(plan).cost(simulated=False)
+
     def peak_bytes(self, plan: Plan) -> int:
         """The bytes of the price alone."""
         return math.ceil(math.fsum(self._estimator(plan).memory().values()))
 
     def least_seconds(self, plan: Plan) -> float:
-        """What a plan takes at least: its microbatches, on stages that are all equally long, and no exchange of gradients."""
+        """What a plan takes at least: its microbatches by what its schedule takes at least, and no exchange of gradients."""
         estimator = self._estimator(plan)
-        parts = [estimator.microbatch(place) for place in ("first", "blocks", "last")]
-        totals = [sum(part.values()) for part in parts]
-        whole = totals[0] + estimator.blocks * totals[1] + totals[2]
-        longest = whole / estimator.stages
-        return longest * estimator.partition.rounds + (whole - longest) / plan.interleave
+        return estimator.least_seconds() if estimator.devices > 1 else self.even_seconds(plan)
 
-    def _estimator(self, plan: Plan) -> "_RememberedEstimator":
+    def even_seconds(self, plan: Plan) -> float:
+        """The same if its stages were all equally long, and never waited."""
+        estimator = self._whole(plan)
+        return estimator.step_seconds * estimator.partition.rounds / estimator.devices
+
+    def _estimator(self, plan: Plan) -> Estimator:
+        whole = self._whole(plan)
+        return _RememberedStages(whole, self.of_stage) if cuts_anywhere(self.program, plan) else whole
+
+    def _whole(self, plan: Plan) -> "_RememberedEstimator":
         return _RememberedEstimator(self.program, plan, self.machine, self.software, self._memo, self._traits)
+
+    def of_stage(self, program: Program, plan: Plan) -> Estimator:
+        """The estimator of what a plan's pipeline has on one stage or device.
+
+        Args:
+            program: of the stage or device.
+            plan: of the whole.
+        """
+        key = tuple(map(id, program.operations))
+        if key not in self._stages:
+            self._stages[key] = (program, {}, _Traits(program))
+        known, memo, traits = self._stages[key]
+        return _RememberedEstimator(known, plan, self.machine, self.software, memo, traits, is_stage=True)
 
 
 class _RememberedEstimator(Estimator):
     """`Estimator` that looks into `memo` before it works a part out."""
 
-    def __init__(self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits"):
-        super().__init__(program, plan, machine, software)
+    def __init__(
+        self, program: Program, plan: Plan, machine: Machine, software: Software, memo: dict, traits: "_Traits", *, is_stage: bool = False
+    ):
+        super().__init__(program, plan, machine, software, is_stage=is_stage)
         self.memo = memo
         axis = plan.compute.get("batch", "")
         others = {name: self.reach(name) for name in plan.axes if name not in (axis, "pipeline")}
@@ -97,10 +125,12 @@ class _RememberedEstimator(Estimator):
             tuple(plan.store.items()),
             plan.store_group,
             plan.axes.get(axis),
-            self.stages,
+            self.devices,
             plan.recompute,
         )
-        self.partition = _RememberedPartition(self.program, plan, self)
+
+    def split(self, program: Program, plan: Plan, cut: Sequence[Piece], flat_state: bool) -> Partition:
+        return _RememberedPartition(program, plan, self, flat_state)
 
     def reach(self, axis: str) -> tuple:
         """What a collective along an axis depends on."""
@@ -112,8 +142,21 @@ class _RememberedEstimator(Estimator):
             self.memo[key] = work()
         return self.memo[key]
 
-    def microbatch(self, place: str) -> dict[str, float]:
-        return dict(self.remember(("microbatch", place, self.pass_key), lambda: super(_RememberedEstimator, self).microbatch(place)))
+    def tasks(self, place: str) -> Tasks:
+        return self.remember(("tasks", place, self.pass_key), lambda: super(_RememberedEstimator, self).tasks(place))
+
+    def sums(self, place: str) -> dict[str, float]:
+        return self.remember(("sums", place, self.pass_key), lambda: super(_RememberedEstimator, self).sums(place))
+
+    @property
+    def step_seconds(self) -> float:
+        """All of one microbatch."""
+        counts = {"first": 1, "blocks": self.blocks, "last": 1}
+        return math.fsum(count * sum(self.sums(place).values()) for place, count in counts.items())
+
+    def timed(self) -> TaskTimes:
+        key = ("timed", self.pass_key, self.devices, self.stages, self.devices_inside, self.plan.compute.get("sequence"))
+        return self.remember(key, super().timed)
 
     def cut(self, totals) -> tuple[int, int, int]:
         return self.remember(("cut", self.stages, *totals.values()), lambda: super(_RememberedEstimator, self).cut(totals))
@@ -122,8 +165,8 @@ class _RememberedEstimator(Estimator):
         far = self.pass_key if self.machine.device.curves else None  # how far state is away, there, depends on all that a step touches
         return dict(self.remember(("update", self.state_key, far), super().updated))
 
-    def memory(self) -> dict[str, float]:
-        found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts())]
+    def memory(self, *, in_flight: float = 1) -> dict[str, float]:
+        found = [self.stage_memory(place, stage) for place, stage in enumerate(self.stage_parts(in_flight))]
         parts = max(found, key=lambda part: sum(part.values()))
         parts["communication"] = self.buffer_bytes()
         parts["slack"] = self.software.memory_slack * (sum(parts.values()) - parts["context"])
@@ -156,9 +199,25 @@ class _RememberedEstimator(Estimator):
         return resting | moving | {"activations": moving["activations"] * stage.in_flight}
 
 
+class _RememberedStages(StagesEstimator):
+    """`StagesEstimator` that remembers how it cut, and the parts of its stages."""
+
+    def __init__(self, whole: _RememberedEstimator, of_stage: Callable[[Program, Plan], Estimator]):
+        plan = whole.plan
+        super().__init__(whole.program, plan, whole.machine, whole.software, part=lambda program: of_stage(program, plan))
+        self.partition, self.remembered = whole.partition, whole
+
+    def timed(self) -> TaskTimes:
+        one = self.remembered
+        return one.remember(("timed", one.pass_key, one.devices, one.stages, one.devices_inside), super().timed)
+
+    def cut_pieces(self) -> tuple[tuple[Program, ...], tuple[float, ...]]:
+        return self.remembered.remember(("pieces", self.stages, self.remembered.pass_key), super().cut_pieces)
+
+
 class _RememberedPartition(Partition):
-    def __init__(self, program: Program, plan: Plan, estimator: _RememberedEstimator):
-        super().__init__(program, plan, flat_state=estimator.software.flat_state)
+    def __init__(self, program: Program, plan: Plan, estimator: _RememberedEstimator, flat_state: bool):
+        super().__init__(program, plan, flat_state=flat_state)
         self.estimator = estimator
 
     def of(self, operation: Operation) -> Share:

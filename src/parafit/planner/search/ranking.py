@@ -8,6 +8,7 @@ from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
 from parafit.planner.search.space import techniques
+from parafit.support.units import gibibytes, milliseconds
 
 GOALS = {"time": "slower", "memory": "larger", "cost": "dearer"}
 """What a search may minimise, and what one calls a plan that has more of it."""
@@ -42,6 +43,8 @@ class Ranking:
         software: of which framework.
         priced: how many plans were priced.
         limits: what keeps the best plan from using more of the machine, in sentences.
+        runs: names of the techniques that this version runs; None: nothing is said about it.
+        runnable: where the best plan has techniques that this version only prices, the best one that it runs; None if none fits.
     """
 
     best: Choice
@@ -53,6 +56,8 @@ class Ranking:
     software: Software
     priced: int
     limits: tuple[str, ...] = ()
+    runs: frozenset[str] | None = None
+    runnable: Choice | None = None
 
     def __post_init__(self):
         plan = replace(self.best.plan)
@@ -69,7 +74,13 @@ class Ranking:
 
     def table(self) -> str:
         """The price of the best plan and the runners-up, as text."""
-        return "\n".join([_price_line(self), *(f"limit   {each}" for each in self.limits), *_table(self)])
+        return "\n".join(
+            [_price_line(self), *_idle_line(self), *(f"limit   {each}" for each in self.limits), *_runs_line(self), *_table(self)]
+        )
+
+    def only_priced(self, plan: Plan) -> list[str]:
+        """The techniques of a plan that this version prices and does not run."""
+        return [] if self.runs is None else sorted(techniques(plan) - self.runs)
 
 
 def value(choice: Choice, goal: str) -> tuple[float, float]:
@@ -119,34 +130,13 @@ def label(plan: Plan, beside: Plan | None = None) -> str:
     return shown.short() + (" +sequence" if "sequence" in techniques(plan) else "")
 
 
-def gibibytes(nbytes: float) -> str:
-    """Bytes as people read them.
-
-    >>> gibibytes(3 << 30), gibibytes(3 << 20)
-    ('3.0 GiB', '3.0 MiB')
-    """
-    power, unit = next((pair for pair in ((30, "GiB"), (20, "MiB")) if abs(nbytes) >= 2 ** pair[0]), (10, "KiB"))
-    return f"{nbytes / 2**power:,.1f} {unit}"
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds as people read them.
-
-    >>> milliseconds(0.5), milliseconds(2e-6), milliseconds(12)
-    ('500 ms', '0.002 ms', '12.0 s')
-    """
-    if abs(seconds) >= 1:
-        return f"{seconds:,.3g} s" if abs(seconds) < 10 else f"{seconds:,.1f} s"
-    return f"{seconds * 1e3:.3g} ms" if abs(seconds) >= 1e-4 else f"{seconds * 1e3:.3f} ms"
-
-
 def times(ratio: float) -> str:
     """How much more something is, in words that stay readable.
 
     >>> times(0.153), times(2.26)
     ('15.3 %', '2.3 times')
     """
-    return f"{ratio:.1%}".replace("%", " %") if ratio < 1 else f"{ratio:.1f} times"
+    return _percent(ratio) if ratio < 1 else f"{ratio:.1f} times"
 
 
 def _price_line(ranking: Ranking) -> str:
@@ -162,12 +152,46 @@ def _price_line(ranking: Ranking) -> str:
     )
 
 
+def _idle_line(ranking: Ranking) -> list[str]:
+    timeline = ranking.best.cost.timeline
+    if timeline is None:
+        return []
+    least, most = (_percent(pick(timeline.idle_shares)) for pick in (min, max))
+    each = f"{least} to {most}" if least != most else most
+    return [f"idle    {_percent(timeline.idle_share)} of its time ({timeline.grid.schedule}), each device {each}"]
+
+
+def _runs_line(ranking: Ranking) -> list[str]:
+    priced = ranking.only_priced(ranking.plan)
+    if not priced:
+        return []
+    best = ranking.runnable
+    if best is None:
+        which = "No plan that it runs fits."
+    else:
+        ratio = value(best, ranking.goal)[0] / value(ranking.best, ranking.goal)[0] - 1
+        which = (
+            f"The best plan that it runs is {label(best.plan)!r}: {milliseconds(best.cost.seconds)}, {gibibytes(best.cost.peak_bytes)} "
+            f"a device, {times(ratio)} {GOALS[ranking.goal]}."
+        )
+    return [f"runs    this version only prices {', '.join(priced)}. {which}"]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
 def _table(ranking: Ranking) -> list[str]:
     if not ranking.others:
         return [f"instead  nothing of another shape comes near; {ranking.priced} plans were priced"]
     rows = [("instead of it", "step", "memory", "why not")]
     rows += [
-        (label(one.plan, ranking.plan), milliseconds(one.cost.seconds), gibibytes(one.cost.peak_bytes), one.reason)
+        (
+            label(one.plan, ranking.plan),
+            milliseconds(one.cost.seconds),
+            gibibytes(one.cost.peak_bytes),
+            one.reason + ("; only priced" if ranking.only_priced(one.plan) else ""),
+        )
         for one in ranking.others
     ]
     widths = [max(len(row[place]) for row in rows) for place in range(3)]

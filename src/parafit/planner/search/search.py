@@ -9,8 +9,9 @@
                                                            Candidates.meshes, schedules
                 store layouts: ZeRO 0 to 3, over the axis or inside a host
                                                            Candidates.stores
-                microbatches, recomputation, chunks of a pipeline stage, precision
-                                                           Candidates.schedules
+                microbatches, recomputation, precision     Candidates.schedules
+                the order of a pipeline's tasks, and stages a device
+                                                           Candidates.orders
 
     subject to  pipeline × data × tensor ≤ the devices of the machine (fewer devices may be fastest)
                                                            Candidates.meshes
@@ -18,14 +19,15 @@
                                                            Candidates.meshes, layout.resolve
                 microbatches are split over data where it divides them, else whole on each device; a batch whose rows depend
                 on each other is not cut                   layout.pieces, Candidates.schedules
-                a pipeline has no more chunks than blocks; its stages divide its microbatches where it has several chunks
-                                                           Candidates.schedules
+                a pipeline has no more stages than blocks or places to cut; its devices divide its microbatches where each has
+                several stages                             Candidates.meshes, orders
                 bytes on the fullest device ≤ its memory, and ≤ max_bytes
                                                            memory.peak
                 only techniques that are allowed           Candidates
 
-The optimum is exact. A mesh is expanded into schedules, a schedule into plans, always the one first whose floor is lowest; a floor is
-what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen.
+The optimum is exact. A mesh is expanded into schedules, a schedule into orders and plans, always the one first whose floor is lowest; a
+floor is what no plan under it can beat (`_Floors`). What is left when the lowest floor is above the best prices is dropped unseen. The grid
+of a pipeline is simulated last: before, it goes by what its schedule takes at least (`schedules.bounds`).
 """
 
 import heapq
@@ -41,9 +43,10 @@ from parafit.planner.plan import Plan
 from parafit.planner.program import Program
 from parafit.planner.search.limits import limits
 from parafit.planner.search.memo import Prices
-from parafit.planner.search.ranking import GOALS, Choice, Ranking, gibibytes, value, why_not
-from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, is_half
+from parafit.planner.search.ranking import GOALS, Choice, Ranking, value, why_not
+from parafit.planner.search.space import SAME_NUMBERS, TECHNIQUES, Candidates, is_half, techniques
 from parafit.support.arguments import did_you_mean
+from parafit.support.units import gibibytes
 
 SHOWN = 4
 """Meshes that are searched to the end: the best and three runners-up."""
@@ -60,6 +63,7 @@ def search(
     max_bytes: float | None = None,
     allow: Iterable[str] | None = None,
     software: Software | None = None,
+    runs: frozenset[str] | None = None,
 ) -> Ranking:
     """The best plan, the runners-up, and why each lost.
 
@@ -70,6 +74,7 @@ def search(
         max_bytes: what a device may hold; default: its memory.
         allow: names of `space.TECHNIQUES` that may be used; default: all that leave the numbers as they are.
         software: what the framework does, where it is not parafit.
+        runs: techniques that are run and not only priced: plans that have others are marked, and the best that has none is named.
 
     Raises:
         PlanError: an unknown goal or technique, or no plan fits into memory: the smallest plan, and what it needs.
@@ -102,6 +107,8 @@ def search(
         software=software,
         priced=found.priced,
         limits=limits(candidates, software, best.plan, best.cost.seconds),
+        runs=runs,
+        runnable=_runnable(prices, found, best, runs),
     )
 
 
@@ -154,11 +161,13 @@ class _Search:
                     heapq.heappush(heap, (lowest, next(order), expand, plan))
 
         def schedules(mesh: Plan) -> None:
-            push(self.floors.schedule, stores, self.candidates.schedules(mesh))
+            push(self.floors.schedule, orders if "pipeline" in mesh.axes else stores, self.candidates.schedules(mesh))
+
+        def orders(schedule: Plan) -> None:
+            push(self.floors.order, stores, self.candidates.orders(schedule))
 
         def stores(schedule: Plan) -> None:
-            for plan in self.candidates.stores(schedule):
-                self.consider(plan)
+            push(self.least, self.keep, filter(self.fits, self.candidates.stores(schedule)))
 
         push(self.floors.mesh, schedules, self.candidates.meshes())
         while heap and heap[0][0] <= self.threshold[0]:
@@ -166,12 +175,22 @@ class _Search:
             expand(plan)
         return self
 
-    def consider(self, plan: Plan) -> None:
-        """Price a plan if it fits, and keep it if it is its mesh's best."""
+    def fits(self, plan: Plan) -> bool:
+        """Whether a plan fits; the first of a mesh that does not is noted."""
         self.priced += 1
+        fits = self.prices.peak_bytes(plan) <= self.limit
+        if not fits:
+            self.unfit.setdefault(tuple(plan.axes.items()), plan)
+        return fits
+
+    def least(self, plan: Plan) -> float:
+        """What a plan takes at least: of a pipeline before its schedule is simulated, of others what it takes."""
+        return (1 - 1e-9) * value(Choice(plan=plan, cost=self.prices.at_least(plan)), self.goal)[0]
+
+    def keep(self, plan: Plan) -> None:
+        """Price a plan, and keep it if it is its mesh's best."""
         mesh = tuple(plan.axes.items())
-        if self.prices.peak_bytes(plan) > self.limit:
-            self.unfit.setdefault(mesh, plan)
+        if mesh in self.best and self.least(plan) > self.rank(self.best[mesh])[0]:
             return
         choice = Choice(plan=plan, cost=self.prices.of(plan))
         if mesh not in self.best or self.rank(choice) < self.rank(self.best[mesh]):
@@ -205,13 +224,26 @@ class _Floors:
         return self._floor(plan, self.arithmetic_seconds / plan.device_count)
 
     def schedule(self, plan: Plan) -> float:
-        """Its microbatches on stages that are all equally long; or all state shared out evenly."""
+        """Its microbatches on stages that are all equally long and never wait; or all state shared out evenly."""
+        return self._floor(plan, self.prices.even_seconds(plan) if self.goal != "memory" else 0.0)
+
+    def order(self, plan: Plan) -> float:
+        """What no order of these tasks on its stages can beat; or all state shared out evenly."""
         return self._floor(plan, self.prices.least_seconds(plan) if self.goal != "memory" else 0.0)
 
     def _floor(self, plan: Plan, seconds: float) -> float:
         if self.goal == "memory":
             return self.prices.state_bytes / plan.device_count
         return (1 - 1e-9) * seconds * (plan.device_count if self.goal == "cost" else 1)  # sums in another order round otherwise
+
+
+def _runnable(prices: Prices, done: _Search, best: Choice, runs: frozenset[str] | None) -> Choice | None:
+    """The best plan that has only techniques that are run, where the best of all has others."""
+    if runs is None or techniques(best.plan) <= runs:
+        return None
+    some = Candidates(prices.program, prices.machine, done.candidates.allow & runs)
+    found = _Search(some, prices, done.goal, done.limit, shown=1)
+    return min(found.run().best.values(), key=found.rank, default=None)
 
 
 def _refused(program: Program, machine: Machine, prices: Prices, done: _Search, best: Choice) -> list[Choice]:

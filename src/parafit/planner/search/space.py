@@ -7,13 +7,15 @@ from functools import cached_property
 
 from parafit.errors import PlanError
 from parafit.planner.cost.memory import recomputing_saves
+from parafit.planner.cost.stages import places_to_cut
 from parafit.planner.layout import pieces, resolve
 from parafit.planner.machine.machine import Machine
 from parafit.planner.plan import STORED, Plan
 from parafit.planner.program import Program
 
 TECHNIQUES = ("data", "tensor", "pipeline", "sequence", "zero", "store_group", "microbatches", "recompute", "interleave", "bfloat16")
-"""What a search may use: the mesh axes; "sequence", rows' tokens split between blocks along the tensor axis; "zero", state split over
+"""What a search may use: the mesh axes; "pipeline" with any schedule, "interleave" with several stages a
+device; "sequence", rows' tokens split between blocks along the tensor axis; "zero", state split over
 the data axis, and "store_group", inside a host only; "bfloat16" operands of matmuls, which change the numbers."""
 
 SAME_NUMBERS = frozenset(TECHNIQUES) - {"bfloat16"}
@@ -23,13 +25,16 @@ SMALL_SIZES = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 """Sizes that a data axis may have whatever the batch."""
 
 CHUNKS = (2, 4, 8)
-"""Chunks of the model that a pipeline stage may have."""
+"""Stages that a device of a pipeline may have."""
+
+MOST_LISTED = 128
+"""Devices times microbatches for which a schedule is invented."""
 
 
 class Candidates:
     """All plans of a program on a machine.
 
-    A plan is built in three steps, so that a search can leave out what comes of a mesh or a schedule that is too slow already.
+    A plan is built step by step, so that a search can leave out what comes of a mesh or a schedule that is too slow already.
 
     Args:
         program: what one step computes.
@@ -46,12 +51,18 @@ class Candidates:
     def __init__(self, program: Program, machine: Machine, allow: Iterable[str] = SAME_NUMBERS):
         self.program, self.machine, self.allow = program, machine, frozenset(allow)
         self.batch = program.sizes.get("batch", 1)
-        self.blocks = max((operation.count for operation in program.operations), default=1)
+        self.blocks = places_to_cut(program)
         self.half = is_half(program)
         self._inner: dict[int, dict[str, str]] = {}
 
     def __iter__(self) -> Iterator[Plan]:
-        return (plan for mesh in self.meshes() for schedule in self.schedules(mesh) for plan in self.stores(schedule))
+        return (
+            plan
+            for mesh in self.meshes()
+            for schedule in self.schedules(mesh)
+            for order in self.orders(schedule)
+            for plan in self.stores(order)
+        )
 
     @cached_property
     def recomputes(self) -> bool:
@@ -80,11 +91,22 @@ class Candidates:
         """What a mesh may do, and when."""
         for split in self._sequences(mesh):
             for cut in self._microbatches(split):
-                for chunked in self._chunks(cut):
-                    for precise in self._precisions(chunked):
-                        yield precise
-                        if "recompute" in self.allow and self.recomputes:
-                            yield replace(precise, recompute="blocks")
+                for precise in self._precisions(cut):
+                    yield precise
+                    if "recompute" in self.allow and self.recomputes:
+                        yield replace(precise, recompute="blocks")
+
+    def orders(self, plan: Plan) -> Iterator[Plan]:
+        """In which order a pipeline may run its tasks. Only small grids are left to the list scheduler, which looks at each task."""
+        yield plan
+        stages = plan.axes.get("pipeline", 1)
+        if stages == 1 or plan.microbatches == 1:
+            return
+        few = stages * plan.microbatches <= MOST_LISTED
+        yield from (replace(plan, schedule=schedule) for schedule in ("gpipe", "zb-h1", *["list"] * few))
+        if "interleave" in self.allow and plan.microbatches % stages == 0:
+            chunks = [count for count in CHUNKS if self.blocks >= stages * count]
+            yield from (replace(plan, schedule="interleaved", interleave=count) for count in chunks)
 
     def stores(self, schedule: Plan) -> Iterator[Plan]:
         """How state may rest under a schedule."""
@@ -162,12 +184,6 @@ class Candidates:
         cut, data = pieces(self.batch, plan), plan.axes.get("data", 1)
         split = cut if self.batch % data == 0 else cut[:1]
         return sum(piece.count for piece in cut) == plan.microbatches and all(piece.devices == data for piece in split)
-
-    def _chunks(self, plan: Plan) -> Iterator[Plan]:
-        yield plan
-        stages = plan.axes.get("pipeline", 1)
-        if "interleave" in self.allow and stages > 1 and plan.microbatches % stages == 0:
-            yield from (replace(plan, interleave=count) for count in CHUNKS if self.blocks >= stages * count)
 
     def _precisions(self, plan: Plan) -> Iterator[Plan]:
         return (replace(plan, precision=precision) for precision in self.precisions)
