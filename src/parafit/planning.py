@@ -13,6 +13,7 @@ from parafit.planner.machine.machine import Machine
 from parafit.planner.networks import named
 from parafit.planner.plan import AXES, Plan
 from parafit.planner.program import Program, Tensor
+from parafit.planner.schedules import make_grid
 from parafit.planner.search.search import search
 from parafit.planner.search.space import SAME_NUMBERS
 from parafit.support.arguments import check_arguments
@@ -186,6 +187,9 @@ def place(plan: Plan, step: "Step", program: Callable[[], Program]) -> "Placemen
     """
     from parafit.placement import Placement
 
+    if "pipeline" in plan.axes:
+        inside = place(plan.inside, step, program)
+        return Placement(replace(plan, compute={AXES["pipeline"]: "pipeline", **inside.plan.compute}), inside.layout)
     if plan.device_count == 1:
         return Placement(plan)
     if set(plan.compute) <= {AXES["data"]}:
@@ -218,12 +222,10 @@ def _check_runs(plan: Plan) -> None:
     """Refuse what this version does not run, and more devices than there are."""
     import jax
 
-    for name, value, idle in (("pipeline", plan.axes.get("pipeline", 1), 1), ("interleave", plan.interleave, 1)):
-        if value != idle:
-            raise PlanError(
-                f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
-                "Use data, tensor, zero=, microbatches=, recompute= or precision=."
-            )
+    if "pipeline" in plan.axes:
+        make_grid(plan.schedule, devices=plan.axes["pipeline"], microbatches=plan.microbatches, interleave=plan.interleave)
+    elif plan.interleave > 1:
+        raise PlanError(f"plan {plan.short()!r}: interleave={plan.interleave} is of pipelines, and the plan has none. Add pipeline=.")
     wanted, there = plan.device_count, jax.device_count()
     if wanted > there:
         raise PlanError.advising(

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -114,6 +114,23 @@ class Plan:
     def device_count(self) -> int:
         """How many devices the plan runs on: the product of the axis sizes."""
         return math.prod(self.axes.values())
+
+    @property
+    def stages(self) -> int:
+        """How many stages a network is cut into: devices of the pipeline × chunks."""
+        return self.axes.get("pipeline", 1) * self.interleave
+
+    @property
+    def inside(self) -> "Plan":
+        """The plan of a stage of the pipeline: the other axes, with microbatches one after the other.
+
+        >>> Plan.parse("pipeline=4,data=2,microbatches=8").inside.short()
+        'data=2,microbatches=8'
+        """
+        axes = {axis: size for axis, size in self.axes.items() if axis != "pipeline"}
+        compute = {dim: axis for dim, axis in self.compute.items() if axis != "pipeline"}
+        idle = {choice.name: choice.default for choice in fields(self) if choice.name in ("interleave", "schedule")}
+        return replace(self, axes=axes, compute=compute, **idle)
 
     @property
     def zero_stage(self) -> int:

@@ -1,0 +1,395 @@
+"""A step's state on its way through the stages of a pipeline.
+
+One Python loop starts every task in the order in which a simulation of the schedule starts them; nothing waits. Arrays go to the stages that
+take them as soon as the task that makes them has been started; JAX runs each task when all that it takes is there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from parafit import backends
+from parafit.adapters.step import Adapter, State, Step, remembered
+from parafit.data.feed import Block
+from parafit.execution.compiled import Tally
+from parafit.execution.pipeline_steps import Part, PipelineSteps, PipelineUpdate, Way
+from parafit.execution.runner import Runner, unshared
+from parafit.execution.stage_programs import gradient_sharding
+from parafit.placement import Placement
+
+
+def runner_for(adapter: Adapter, step: Step, placement: Placement, blocks: Sequence[Block] = ()) -> Runner:
+    """What runs a step on the devices of a plan.
+
+    Args:
+        adapter, step, placement, blocks: as of `Runner`.
+
+    Raises:
+        PlanError: the plan has a pipeline that the step cannot be cut for.
+    """
+    return (PipelineRunner if placement.pipeline else Runner)(adapter, step, placement, blocks)
+
+
+class PipelineRunner(Runner):
+    """A `Runner` on the stages of a pipeline. Between groups the model holds arrays that lie on their stages' devices."""
+
+    def __init__(self, adapter: Adapter, step: Step, placement: Placement, blocks: Sequence[Block] = ()):
+        super().__init__(adapter, step, placement)
+        self.line = Line(step, placement)
+        self._logs: list[Any] = []
+        self._torn = False
+        for block in blocks:
+            self.make(block.arrays)
+
+    def make(self, arrays: Any, *, seldom: bool = False) -> PipelineSteps:
+        """The programs for blocks of these arrays, made once for as long as the model stays as it is."""
+        leaves, structure = jax.tree.flatten(arrays)
+        plan, name = self.placement.plan, backends.current().name
+        owners = remembered(self.adapter.keeper, self.step, ("owners", name, plan), list)
+        key = ("stages", name, plan, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        steps = remembered(self.adapter.keeper, self.step, key, lambda: PipelineSteps(self.step, self.placement, arrays, owners))
+        if self.step.name == "train":
+            devices = [owner % len(self.placement.pipeline) for owner in owners]
+            update = lambda: PipelineUpdate(self.step, self.placement, devices)  # noqa: E731
+            self.line.update = remembered(self.adapter.keeper, self.step, ("update", name, plan), update)
+        return steps
+
+    def enter(self) -> None:
+        """Take the state from the model, which a callback may have changed, to the stages."""
+        held = self.step.read()
+        if self._snapshot:
+            self._snapshot.update(held)
+        self.line.load(self.step.read_fixed(), unshared(held))
+        self._logs = []
+
+    def run(self, block: Block) -> Any:
+        """Start the tasks of a block; gives the predictions, if the step makes any."""
+        steps = self.find(block.arrays)
+        self._torn = True
+        told = self.line.run(steps, block)
+        self._torn = False
+        block.release(())  # type: ignore[arg-type]  (the stages have copies)
+        if self.step.name == "predict":
+            return jax.tree.map(lambda *arrays: _Rows(arrays), *told)
+        self._logs += told
+        return None
+
+    def rest(self) -> Tally:
+        """Wait for what was started and let the model hold the state."""
+        self._state = self._written = self.line.state()
+        logs = self._logs[-1] if self._logs else None
+        guards = self.step.may_end_training(logs)
+        losses = [float(np.asarray(each["loss"])) for each in self._logs] if guards else []
+        jax.block_until_ready(self._state)
+        self.step.write(self._state)
+        done = next((index for index, loss in enumerate(losses) if not np.isfinite(loss)), len(self._logs))
+        healthy = done == len(self._logs)
+        return Tally(np.int32(done), healthy, logs if healthy else self._logs[done])
+
+    def leave(self) -> None:
+        """Let the model hold the state on its first device, as it was before the run."""
+        if self._torn and self._snapshot:  # cut off within a step: some stages have gone on and others have not
+            self._state = self.line.state()
+            self.recover()
+        elif self.line.loaded:
+            self.step.write(self.line.state())
+        first = jax.devices()[0]
+        self.step.write(jax.tree.map(lambda array: array if array.devices() == {first} else jax.device_put(array, first), self.step.read()))
+
+
+class _Rows:
+    """Predictions of several batches, on their devices until they are read."""
+
+    def __init__(self, arrays: Sequence[jax.Array]):
+        self._arrays, self.shape = arrays, (len(arrays), *arrays[0].shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.stack([np.asarray(array) for array in self._arrays]).astype(dtype or self._arrays[0].dtype)
+
+
+class Line:
+    """The arrays of a step on the devices of a pipeline, and the loop that starts its tasks.
+
+    Args:
+        step: what runs.
+        placement: of the pipeline.
+
+    Attributes:
+        update: the optimizer's, of a training step.
+        loaded: whether it holds the state.
+        kept: by stage and microbatch, what waits between F and B, or W.
+    """
+
+    def __init__(self, step: Step, placement: Placement):
+        self._step, self._places = step, placement.pipeline
+        self.update: Any = None
+        self.loaded = False
+        self.kept: dict[tuple[int, int], list[Any]] = {}
+        self._homes: list[Any] = []
+        self._leaves: list[Any] = []
+        self._held: list[dict[int, Any]] = [{} for _ in self._places]
+        self._slots: list[dict[int, Any]] = [{} for _ in self._places]
+        self._slots_read: list[Any] = []
+        self._sums: list[dict[int, Any]] = [{} for _ in self._places]
+        self._numbers: list[list[Any]] = [[] for _ in self._places]
+        self._shares: dict[Any, Any] = {}
+
+    def load(self, fixed: list[Any], state: State) -> None:
+        """Take arrays over that are not those that are here already."""
+        trains = self._step.name == "train"
+        homes = [*(state.weights if trains else fixed), *state.others, *state.metrics]
+        if not self.loaded:
+            own, leaves = self._step.leaves
+            self._leaves = [*(leaves.weights if trains else own), *leaves.others, *leaves.metrics]
+            self._homes, self._slots_read, self._slot_leaves = [None] * len(homes), [None] * len(state.slots), leaves.slots
+        for argument, array in enumerate(homes):
+            if array is not self._homes[argument]:
+                self._homes[argument] = array
+                for held in self._held:
+                    held.pop(argument, None)
+        for slot, array in enumerate(state.slots):
+            if array is not self._slots_read[slot]:
+                self._slots_read[slot] = array
+                for slots in self._slots:
+                    slots.pop(slot, None)
+        self.loaded = True
+
+    def state(self) -> State:
+        """The state, each array on a stage that has it."""
+        weights = len(self._step.weights)
+        others = len(self._homes) - weights - len(self._step.variables.metrics)
+        kept = self._homes[weights : weights + others], self._homes[weights + others :]
+        return State(self._homes[:weights] if self._step.name == "train" else [], kept[0], list(self._slots_read), kept[1])
+
+    def run(self, steps: PipelineSteps, block: Block) -> list[Any]:
+        """Start all tasks of a block; gives the outputs of each batch."""
+        blocks = [self._put_block(steps, part, block) for part in steps.parts]
+        if not steps.trains:
+            return self._forward(steps, blocks, block.steps)
+        return [self._train(steps, blocks, index) for index in range(block.steps)]
+
+    def _put_block(self, steps: PipelineSteps, part: Part, block: Block) -> list[list[Any]]:
+        """For each stage, the arrays of a block that it reads."""
+        arrays = [steps.sliced(leaf, part.slices) for leaf in jax.tree.leaves(block.arrays)]
+        return [
+            jax.device_put([arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves])
+            for program in part.programs
+        ]
+
+    def _forward(self, steps: PipelineSteps, blocks: list, count: int) -> list[Any]:
+        (part,), told = steps.parts, [{} for _ in range(count)]
+        given = [self._given(part, stage) for stage in range(len(part.programs))]
+        inboxes = _Boxes(part)
+        for _, stage, batch in steps.order(count):
+            values = [*given[stage], *inboxes.take(stage, batch)]
+            for result, value in self._run_forward(part, stage, batch, values, blocks[0][stage], batch, inboxes):
+                argument = part.whole.replaces.get(result)
+                if argument is None:
+                    told[batch][result] = value
+                else:
+                    self._change(part, stage, argument, value, given[stage])
+        return [self._outputs(part, results) for results in told]
+
+    def _train(self, steps: PipelineSteps, blocks: list, index: int) -> Any:
+        """Start the tasks of one batch, and the update; gives its logs."""
+        programs = len(steps.parts[0].programs)
+        given = {id(part): [self._given(part, stage) for stage in range(programs)] for part in steps.parts}
+        inboxes = {id(part): _Boxes(part) for part in steps.parts}
+        coming = {id(part): _Gradients(part) for part in steps.parts}
+        block_of = {id(part): arrays for part, arrays in zip(steps.parts, blocks)}
+        told: dict[int, Any] = {}
+        advanced: dict[int, list[tuple[int, Any]]] = {}
+        for kind, stage, microbatch in steps.order(1):
+            part, place = steps.where[microbatch]
+            own = id(part)
+            block, number = block_of[own][stage], index * part.slices.count + place
+            if kind == "F":
+                values = [*given[own][stage], *inboxes[own].take(stage, microbatch)]
+                for result, value in self._run_forward(part, stage, microbatch, values, block, number, inboxes[own]):
+                    argument = part.whole.replaces.get(result)
+                    if argument is None:
+                        told[result] = value
+                    elif argument in part.stages.changing:
+                        for each in steps.parts:
+                            self._change(each, stage, argument, value, given[id(each)][stage])
+                    else:
+                        advanced[argument] = [*advanced.get(argument, []), (stage, value)]
+            else:
+                self._run_backward(kind, part, stage, microbatch, block, number, coming[own], steps.rows)
+        for argument, values in advanced.items():
+            for stage, value in values:
+                self._homes[argument] = self._held[stage % len(self._places)][argument] = value
+        self._run_update()
+        return self._outputs(steps.parts[0], told)
+
+    def _run_forward(self, part: Part, stage: int, microbatch: int, values: list, block: list, number: int, inboxes: "_Boxes") -> list:
+        program = part.programs[stage]
+        run = program.programs["F"]
+        sent, results, residuals = run([values[place] for place in program.takes["F"]], block, self._number(stage, number))
+        for way in part.forward[stage]:
+            inboxes.put(way, microbatch, sent)
+        if program.tasks.backward:
+            values += residuals
+            self.kept[stage, microbatch] = [value if keep else None for value, keep in zip(values, program.keeps)]
+        return list(zip(program.stage.results, results))
+
+    def _run_backward(self, kind: str, part: Part, stage: int, microbatch: int, block: list, number: int, coming: "_Gradients", rows: int) -> None:
+        program = part.programs[stage]
+        if not program.tasks.backward:
+            return
+        values = self.kept[stage, microbatch]
+        split = program.tasks.weights is not None
+        if kind == "B":
+            values += [*coming.take(stage, microbatch), self._share(program, part.slices.rows / rows)]
+        run, takes = program.programs.get(kind), program.takes[kind]
+        if run is not None:
+            arguments = [values[place] for place in takes], block, self._number(stage, number)
+            if kind == "B" and split:
+                returned, left = run(*arguments)
+                values += left
+            else:
+                returned, sums = run(self._sums_of(program, stage), *arguments)
+                self._sums[stage % len(self._places)].update(zip(program.trained, sums))
+            for way in part.backward[stage] if kind == "B" else ():
+                coming.put(way, microbatch, returned)
+        if kind == "W" or not split:
+            del self.kept[stage, microbatch]
+
+    def _given(self, part: Part, stage: int) -> list[Any]:
+        """The arrays of state that a stage reads; None in the place of rows."""
+        program = part.programs[stage]
+        return [self._hold(stage % len(self._places), argument) if argument < part.whole.state.stop else None for argument in program.stage.reads]
+
+    def _hold(self, device: int, argument: int) -> Any:
+        held = self._held[device]
+        if argument not in held:
+            array = self._homes[argument]
+            held[argument] = jax.device_put(array, self._places[device].stored(self._leaves[argument], array))
+            if self._is_owner(device, argument):
+                self._homes[argument] = held[argument]
+        return held[argument]
+
+    def _is_owner(self, device: int, argument: int) -> bool:
+        return self.update is not None and argument < len(self.update.owners) and self.update.owners[argument] == device
+
+    def _change(self, part: Part, stage: int, argument: int, value: Any, given: list) -> None:
+        """Let a stage's next microbatch read new state."""
+        self._homes[argument] = self._held[stage % len(self._places)][argument] = value
+        reads = part.programs[stage].stage.reads
+        if argument in reads:
+            given[reads.index(argument)] = value
+
+    def _outputs(self, part: Part, results: dict[int, Any]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(part.whole.outputs), [results[result] for result in part.whole.told])
+
+    def _number(self, stage: int, number: int) -> Any:
+        """A number on a stage's devices."""
+        numbers = self._numbers[stage % len(self._places)]
+        if number >= len(numbers):
+            more = [np.int32(each) for each in range(len(numbers), 2 * number + 16)]
+            numbers += jax.device_put(more, self._places[stage % len(self._places)].replicated)
+        return numbers[number]
+
+    def _share(self, program: Any, share: float) -> Any:
+        if program.loss_dtype is None:
+            return None
+        key = share, program.loss_dtype, program.placement
+        if key not in self._shares:
+            self._shares[key] = jax.device_put(np.asarray(share, program.loss_dtype), program.placement.replicated)
+        return self._shares[key]
+
+    def _sums_of(self, program: Any, stage: int) -> list[Any]:
+        sums = self._sums[stage % len(self._places)]
+        for weight, sharding in program.sums_at:
+            if weight not in sums:
+                sums[weight] = jax.device_put(np.zeros(self._homes[weight].shape, self._homes[weight].dtype), sharding)
+        return [sums[weight] for weight in program.trained]
+
+    def _run_update(self) -> None:
+        update, plan = self.update, self.update.update
+        slots, weights = len(self._slots_read), len(update.owners)
+        self._sum_tied()
+        values: list[dict[int, Any]] = [{} for _ in self._places]
+        for slot, homes in enumerate(plan.homes):
+            for device in homes:
+                values[device][slot] = self._slot(device, slot)
+        for weight, owner in enumerate(update.owners):
+            values[owner][slots + weight] = self._sum(owner, weight)
+            values[owner][slots + weights + weight] = self._hold(owner, weight)
+        for program in update.programs:
+            own = values[program.stage]
+            made, zeros = program.program([own[number] for number in program.given_away], [own[number] for number in program.kept])
+            own.update(zip(program.gives, made))
+            self._sums[program.stage].update(zip((number - slots for number in program.zeroed), zeros))
+            for number, value in zip(program.gives, made):
+                for device in plan.sends.get(number, ()):
+                    values[device][number] = jax.device_put(value, update.sharding(number, device, value))
+        for weight, (number, owner) in enumerate(zip(plan.new_weights, update.owners)):
+            self._homes[weight] = self._held[owner][weight] = values[owner][number]
+            for device, held in enumerate(self._held):
+                if weight in held and device != owner:
+                    held[weight] = jax.device_put(values[owner][number], self._places[device].stored(self._leaves[weight], values[owner][number]))
+        for slot, number in enumerate(plan.new_slots):
+            for device in plan.homes[slot]:
+                self._slots[device][slot] = values[device][number]
+            self._slots_read[slot] = self._slots[plan.homes[slot][0]][slot]
+
+    def _slot(self, device: int, slot: int) -> Any:
+        slots = self._slots[device]
+        if slot not in slots:
+            array = self._slots_read[slot]
+            slots[slot] = jax.device_put(array, self._places[device].stored(self._slot_leaves[slot], array))
+        return slots[slot]
+
+    def _sum(self, device: int, weight: int) -> Any:
+        """The gradient of a weight where it is kept; zero of one that nothing reads."""
+        sums = self._sums[device]
+        if weight not in sums:
+            array = self._homes[weight]
+            sharding = gradient_sharding(self._places[device], self._leaves[weight], array)
+            sums[weight] = jax.device_put(np.zeros(array.shape, array.dtype), sharding)
+        return sums[weight]
+
+    def _sum_tied(self) -> None:
+        """Bring the gradients of weights that several devices read to those that keep them."""
+        for device, sums in enumerate(self._sums):
+            for weight in [weight for weight in sums if self.update.owners[weight] != device]:
+                owner = self.update.owners[weight]
+                sharding = gradient_sharding(self._places[owner], self._leaves[weight], sums[weight])
+                self._sums[owner][weight] = _add(self._sum(owner, weight), jax.device_put(sums[weight], sharding))
+                sums[weight] = _zeros(sums[weight])
+
+
+_add = jax.jit(lambda one, other: one + other, donate_argnums=0)
+_zeros = jax.jit(lambda array: 0 * array, donate_argnums=0)
+
+
+class _Boxes:
+    """What stages have been sent and have not taken yet."""
+
+    def __init__(self, part: Part):
+        self._sizes = [len(program.stage.received) for program in part.programs]
+        self._boxes: dict[tuple[int, int], list[Any]] = {}
+
+    def put(self, way: Way, microbatch: int, sent: Sequence[Any]) -> None:
+        """Send values on their way."""
+        values = [sent[place] for place in way.places]
+        if way.shardings is not None:
+            values = jax.device_put(values, way.shardings)
+        box = self._boxes.setdefault((way.to, microbatch), [None] * self._sizes[way.to])
+        for slot, value in zip(way.slots, values):
+            box[slot] = value
+
+    def take(self, stage: int, microbatch: int) -> list[Any]:
+        """All that a stage was sent of a microbatch."""
+        return self._boxes.pop((stage, microbatch), [])
+
+
+class _Gradients(_Boxes):
+    """Gradients on their way back."""
+
+    def __init__(self, part: Part):
+        super().__init__(part)
+        self._sizes = [len(program.tasks.sends) for program in part.programs]

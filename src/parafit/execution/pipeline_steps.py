@@ -1,0 +1,259 @@
+"""What runs blocks of one shape on the stages of a pipeline: compiled tasks, their order, and the ways of values between stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from parafit.adapters.step import Step
+from parafit.execution.stage_programs import Compiler, RoundProgram, Slices, StageProgram, gradient_sharding, slices_of
+from parafit.placement import Placement
+from parafit.planner.layout import pieces
+from parafit.planner.plan import Plan
+from parafit.planner.program import Leaf
+from parafit.planner.schedules import make_forward_grid, make_grid
+from parafit.planner.schedules.grid import Grid, Task
+from parafit.planner.schedules.simulate import simulate
+from parafit.planner.schedules.times import TaskTimes
+from parafit.techniques import planned_function
+from parafit.techniques.stages import Stages, cut
+from parafit.techniques.tasks import tasks_of
+from parafit.techniques.updates import Update, cut_update
+from parafit.techniques.whole import Whole, whole_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """Values that go from one stage to another.
+
+    Attributes:
+        to: the stage that takes them.
+        places: which of what is sent.
+        slots: which of what is taken, in the same order.
+        shardings: where they go, None where they lie there already.
+    """
+
+    to: int
+    places: tuple[int, ...]
+    slots: tuple[int, ...]
+    shardings: list[Any] | None
+
+
+class Part:
+    """The microbatches of a batch that have one size.
+
+    Args:
+        whole: the step, traced for one.
+        stages: the step cut into stages.
+        slices: which rows they are.
+        placement: of the pipeline.
+        plan: of the pipeline.
+        compiler: of its programs.
+        block: shapes of a block's arrays.
+
+    Attributes:
+        programs: of each stage.
+        forward: for each stage, the ways of what it sends.
+        backward: for each stage, the ways of the gradients of what it received.
+    """
+
+    def __init__(self, whole: Whole, stages: Stages, slices: Slices, placement: Placement, compiler: Compiler, block: Sequence[Any]):
+        plan = placement.plan
+        self.whole, self.stages, self.slices = whole, stages, slices
+        split = whole.trains and make_grid_of(plan, plan.microbatches, stages).splits_backward
+        at = [placement.pipeline[stage % len(placement.pipeline)] for stage in range(plan.stages)]
+        self.programs = [
+            StageProgram(compiler, whole, stage, tasks_of(stage, whole, split=split, recompute=plan.recompute != "none"), where, slices, block)
+            for stage, where in zip(stages.stages, at)
+        ]
+        self.forward = [self._sent(stage) for stage in range(plan.stages)]
+        self.backward = [self._returned(stage) for stage in range(plan.stages)]
+
+    def _sent(self, stage: int) -> list[Way]:
+        takers = self.stages.stages[stage].takers
+        pairs = {to: [place for place, stages in enumerate(takers) if to in stages] for to in sorted({to for stages in takers for to in stages})}
+        return [
+            self._way(stage, to, places, [self.stages.stages[to].received.index((stage, place)) for place in places], places)
+            for to, places in pairs.items()
+        ]
+
+    def _returned(self, stage: int) -> list[Way]:
+        program = self.programs[stage]
+        received = [program.stage.received[place] for place in program.tasks.returns]
+        return [
+            self._way(
+                stage,
+                to,
+                [index for index, (source, _) in enumerate(received) if source == to],
+                [self._slot(to, stage, place) for source, place in received if source == to],
+                [place for source, place in received if source == to],
+            )
+            for to in sorted({source for source, _ in received})
+        ]
+
+    def _slot(self, sender: int, taker: int, place: int) -> int:
+        """Where the gradient that a taker has for a value goes among those of its sender."""
+        program = self.programs[sender]
+        order = [(at, to) for at in dict.fromkeys(program.tasks.sends) for to in program.stage.takers[at]]
+        return order.index((place, taker))
+
+    def _way(self, stage: int, to: int, places: Sequence[int], slots: Sequence[int], values: Sequence[int]) -> Way:
+        """A way to another stage, of values that the earlier of the two sends."""
+        placements = self.programs[stage].placement, self.programs[to].placement
+        if placements[0] is placements[1]:
+            return Way(to=to, places=tuple(places), slots=tuple(slots), shardings=None)
+        sent = self.stages.stages[min(stage, to)].closed.jaxpr.outvars
+        shardings = [self.programs[to].activation(sent[value].aval) for value in values]
+        return Way(to=to, places=tuple(places), slots=tuple(slots), shardings=shardings)
+
+
+class PipelineSteps:
+    """What runs blocks of one shape.
+
+    Args:
+        step: what to run.
+        placement: of the pipeline.
+        arrays: of a block, each of shape (capacity, batch, ...).
+        owners: the stage of each weight, by an earlier cut of the step; filled where it is empty.
+
+    Attributes:
+        capacity: batches of a block.
+        parts: the microbatches of a batch, by their size.
+        where: for each microbatch of a batch, its part and its place there.
+    """
+
+    def __init__(self, step: Step, placement: Placement, arrays: Any, owners: list[int]):
+        self.plan, self.trains = placement.plan, step.name == "train"
+        leaves, structure = jax.tree.flatten(arrays)
+        self.capacity, self.rows = leaves[0].shape[0], max((leaf.shape[1] for leaf in leaves if leaf.ndim > 1), default=1)
+        self.slices = [Slices(count=1, rows=self.rows, first=0)]
+        if self.trains:
+            planned_function(step, Placement(self.plan.inside), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays))
+            self.slices = slices_of(pieces(self.rows, self.plan.inside))
+        self._compiler = Compiler(self.plan.precision)
+        self.parts = [self._part(step, placement, leaves, structure, each, owners) for each in self.slices]
+        self.where = [(part, place) for part in self.parts for place in range(part.slices.count)]
+        self._orders: dict[int, list[Task]] = {}
+
+    def _part(self, step: Step, placement: Placement, leaves: list, structure: Any, slices: Slices, owners: list[int]) -> Part:
+        shapes = [jax.ShapeDtypeStruct((slices.rows, *leaf.shape[2:]) if leaf.ndim > 1 else (), leaf.dtype) for leaf in leaves]
+        whole = whole_step(step, jax.tree.unflatten(structure, shapes))
+        stages = cut(whole, self.plan.stages, owners=owners)
+        owners[:] = owners or stages.owners
+        count = self.capacity * slices.count
+        block = [jax.ShapeDtypeStruct((count, *shape.shape), jax.dtypes.canonicalize_dtype(shape.dtype)) for shape in shapes]
+        return Part(whole, stages, slices, placement, self._compiler, block)
+
+    def wait(self) -> None:
+        """Until all is compiled."""
+        for part in self.parts:
+            for program in part.programs:
+                program.programs  # noqa: B018
+        self._compiler.check()
+
+    def order(self, steps: int) -> list[Task]:
+        """Tasks in the order in which they are started: those of a batch, or, of a step that only goes forward, of so many batches."""
+        count = len(self.where) if self.trains else steps
+        if count not in self._orders:
+            stages = self.parts[0].stages
+            grid = make_grid_of(self.plan, count, stages) if self.trains else self._forward_grid(count)
+            self._orders[count] = simulate(grid, times_of(stages)).dispatch_order()
+        return self._orders[count]
+
+    def _forward_grid(self, count: int) -> Grid:
+        return make_forward_grid(devices=self.plan.axes["pipeline"], microbatches=count, interleave=self.plan.interleave)
+
+    def sliced(self, leaf: np.ndarray, slices: Slices) -> np.ndarray:
+        """One array of a block as microbatches of one size, of shape (capacity · count, rows, ...)."""
+        if leaf.ndim == 1:
+            return np.repeat(leaf, slices.count)
+        part = leaf[:, slices.first : slices.first + slices.count * slices.rows]
+        return np.array(part).reshape((-1, slices.rows, *leaf.shape[2:]))
+
+
+def times_of(stages: Stages) -> TaskTimes:
+    """About what the tasks of stages take."""
+    seconds = tuple(stage.seconds for stage in stages.stages)
+    return TaskTimes(forward=seconds, backward=seconds, weights=seconds, send=(0.0,) * (len(seconds) - 1))
+
+
+def make_grid_of(plan: Plan, microbatches: int, stages: Stages) -> Grid:
+    """The schedule of a training step; a short batch may have fewer microbatches than interleaving takes, and gets a list schedule."""
+    odd = plan.schedule == "interleaved" and microbatches % plan.axes["pipeline"]
+    schedule = "list" if odd else plan.schedule
+    return make_grid(schedule, devices=plan.axes["pipeline"], microbatches=microbatches, interleave=plan.interleave, times=times_of(stages))
+
+
+class PipelineUpdate:
+    """The optimizer's update on the devices of a pipeline.
+
+    Args:
+        step: of training.
+        placement: of the pipeline.
+        owners: the device of each weight.
+
+    Attributes:
+        update: its rounds.
+        programs: of the rounds.
+        owners: as above.
+    """
+
+    def __init__(self, step: Step, placement: Placement, owners: Sequence[int]):
+        self.update, self.owners = cut_update(step, owners), tuple(owners)
+        self._placement, self._leaves, self._state = placement, step.leaves[1], step.read()
+        self._slots, self._weights = len(self._leaves.slots), len(owners)
+        compiler = Compiler(placement.plan.precision)
+        self.programs = [
+            RoundProgram(compiler, each, placement.pipeline[each.stage], self._at(each.stage), self._given_away(index), self.gradients)
+            for index, each in enumerate(self.update.rounds)
+        ]
+
+    @property
+    def gradients(self) -> range:
+        """The numbers of the values that are gradients."""
+        return range(self._slots, self._slots + self._weights)
+
+    def _given_away(self, index: int) -> set[int]:
+        """What a round is the last of its device to take, and what does not stay as it is."""
+        own = self.update.rounds[index]
+        later = {number for each in self.update.rounds[index + 1 :] if each.stage == own.stage for number in each.takes}
+        stays = {*self.update.new_slots, *self.update.new_weights}
+        return {number for number in own.takes if number < self._slots + 2 * self._weights} - later - stays
+
+    def _at(self, device: int) -> Any:
+        placement = self._placement.pipeline[device]
+        made = {number: var.aval for each in self.update.rounds for number, var in zip(each.gives, each.closed.jaxpr.outvars)}
+
+        def at(number: int) -> Any:
+            leaf, shape = self._named(number, made)
+            if leaf is None:
+                sharding = placement.replicated
+            else:
+                sharding = placement.stored(leaf, shape)
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        return at
+
+    def _named(self, number: int, made: dict[int, Any]) -> tuple[Leaf | None, Any]:
+        """What a value is, None of values in between, and its shape."""
+        slots, weights = self._leaves.slots, self._leaves.weights
+        if number < self._slots:
+            return slots[number], self._state.slots[number]
+        if number in self.gradients:
+            weight = weights[number - self._slots]
+            return Leaf(name=f"{weight.name}/gradient", role="gradient", like=weight.name), self._state.weights[number - self._slots]
+        if number < self._slots + 2 * self._weights:
+            return weights[number - self.gradients.stop], self._state.weights[number - self.gradients.stop]
+        if number in self.update.new_weights:
+            return weights[self.update.new_weights.index(number)], made[number]
+        if number in self.update.new_slots:
+            return slots[self.update.new_slots.index(number)], made[number]
+        return None, made[number]
+
+    def sharding(self, number: int, device: int, value: Any) -> Any:
+        """Where a value that a round gives lies on another device."""
+        leaf, _ = self._named(number, {number: value})
+        placement = self._placement.pipeline[device]
+        return placement.replicated if leaf is None else placement.stored(leaf, value)
