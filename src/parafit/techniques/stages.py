@@ -134,11 +134,22 @@ class _Flow:
                         first.setdefault(weight, place)
         return first
 
-    @property
+    @cached_property
     def last_place(self) -> int:
-        """The last place of the chain where a stage may start: all from the loss on is of the last stage."""
+        """The last place of the chain where a stage may start: all from the loss, or from the first metric on, is of the last stage."""
         loss = self.made_by.get(self.whole.flat.outputs[0]) if self.whole.trains else None
-        return self.moving.index(loss) if loss in self.moving else len(self.moving) - 1
+        last = self.moving.index(loss) if loss in self.moving else len(self.moving) - 1
+        measured = {self.whole.flat.inputs[argument] for argument in self.whole.measures}
+        for index, equation in enumerate(self.whole.flat.equations):
+            if any(var in measured for var in read(equation)):
+                measured.update(equation.outvars)
+                if index in self._place_of:
+                    return min(last, self._place_of[index])
+        return last
+
+    @cached_property
+    def _place_of(self) -> dict[int, int]:
+        return {index: place for place, index in enumerate(self.moving)}
 
     def starts_like(self, owners: Sequence[int], count: int) -> list[int]:
         """Where stages start so that each weight is first read where it is kept."""
@@ -148,7 +159,11 @@ class _Flow:
         ]
 
     def starts(self, count: int, limits: Sequence[float] | None) -> list[int]:
-        """Where balanced stages start: between layers if there are enough, else between operations that cost much, else anywhere."""
+        """Where balanced stages start: between layers if there are enough, else between operations that cost much, else anywhere.
+
+        A step that only goes forward may leave stages empty: it has fewer operations than the training step that the plan is made for.
+        """
+        stages, count = count, count if self.whole.trains else min(count, self.last_place + 1)
         for places in (self._narrow, self._gaps):
             if len(places) >= count - 1:
                 break
@@ -156,7 +171,8 @@ class _Flow:
             places = list(range(1, self.last_place + 1))
         bounds = [0, *places, len(self.moving)]
         units = [self._unit(first, end) for first, end in zip(bounds, bounds[1:])]
-        return [bounds[index] for index in balance(units, stages=count, limits=limits).starts]
+        starts = [bounds[index] for index in balance(units, stages=count, limits=limits).starts]
+        return starts + [len(self.moving)] * (stages - count)
 
     @cached_property
     def _gaps(self) -> list[int]:
