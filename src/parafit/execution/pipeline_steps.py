@@ -68,6 +68,9 @@ class Part:
             StageProgram(compiler, whole, stage, tasks_of(stage, whole, split=split, recompute=plan.recompute != "none"), where, slices, block)
             for stage, where in zip(stages.stages, at)
         ]
+        for lower in (StageProgram.lower_forward, StageProgram.lower_backward, StageProgram.lower_weights):
+            for program in self.programs:  # all of one kind first: where B's arguments lie, F's program tells
+                lower(program)
         self.forward = [self._sent(stage) for stage in range(plan.stages)]
         self.backward = [self._returned(stage) for stage in range(plan.stages)]
 

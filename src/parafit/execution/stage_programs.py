@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from parafit import backends
+from parafit.backends.backend import Backend, CompilerOptions
 from parafit.placement import Placement
 from parafit.planner.layout import Piece
 from parafit.planner.program import Leaf
@@ -84,11 +85,14 @@ class Compiler:
             closed = evenly(closed, placement.mesh, given=given, left=left)
         return closed
 
-    def compiled(self, function: Callable, closed: ClosedJaxpr, arguments: tuple, *, donates: bool, key: Any, shardings: Any = None) -> Any:
-        """A program.
+    def start(
+        self, function: Callable, traced: ClosedJaxpr, closed: ClosedJaxpr, arguments: tuple, *, donates: bool, key: Any, shardings: Any
+    ) -> Future:
+        """Start compiling a program.
 
         Args:
             function: that calls `closed`.
+            traced: before it was prepared.
             closed: as `prepared` gave it.
             arguments: shapes, with where each lies.
             donates: whether the first argument's memory is given away.
@@ -102,8 +106,13 @@ class Compiler:
         jitted: Any = jax.jit(function, **options)
         if shardings is None and not opened(closed)[1]:
             jitted = self._shared.setdefault((key, donates, str(closed)), jitted)
-        with backend.compiling():
-            return backend.compile(jitted.lower(*arguments), backend.compiler_options(closed, seldom=False))
+        # Lowered here: what the user has set for this thread, such as float64, must hold.
+        return _COMPILERS.submit(_compile, backend, jitted.lower(*arguments), backend.compiler_options(traced, seldom=False))
+
+
+def _compile(backend: Backend, lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stages.Compiled:
+    with backend.compiling():
+        return backend.compile(lowered, options)
 
 
 class StageProgram:
@@ -137,13 +146,13 @@ class StageProgram:
         self.trained = [stage.reads[place] for place in tasks.trained]
         self.loss_dtype = next((var.aval.dtype for result, var in zip(stage.results, self._results) if whole.trains and result == 0), None)
         self.keeps = [place in later for place in range(tasks.given + tasks.received + tasks.residuals)]
-        self._compiling: Future = _COMPILERS.submit(self._compile)
+        self._compiling: dict[str, Future] = {}
 
     @cached_property
     def programs(self) -> dict[str, Any]:
         """F: `(values, block, index) -> (sent, results, residuals)`. B: `(sums, values, block, index) -> (gradients of what is received,
         new sums)`; where W is a task of its own it takes no sums, and what it leaves for W takes their place. W: as B, without the former."""
-        return self._compiling.result()
+        return {kind: compiling.result() for kind, compiling in self._compiling.items()}
 
     @cached_property
     def sums_at(self) -> list[tuple[int, Any]]:
@@ -168,30 +177,40 @@ class StageProgram:
         of_rows = shape.shape[:1] == (self.whole.rows,)
         return self.placement.batch(shape.shape) if of_rows else self.placement.replicated  # type: ignore[return-value]
 
-    def _compile(self) -> dict[str, Any]:
-        tasks, received = self.tasks, self.stage.closed.jaxpr.invars[len(self.stage.constants) + self.tasks.given :]
+    def lower_forward(self) -> None:
+        """Start compiling F."""
+        received = self.stage.closed.jaxpr.invars[len(self.stage.constants) + self.tasks.given :]
         outputs = [var.aval for var in self.stage.closed.jaxpr.outvars]
         sent, results = outputs[: len(self.stage.takers)], outputs[len(self.stage.takers) :]
-        values = [self._read(argument) for argument in self.stage.reads] + [self._struct(var.aval, self.activation(var.aval)) for var in received]
-        shardings = [self.activation(each) for each in sent], [self._result(*pair) for pair in zip(self.stage.results, results)], None
-        programs = {"F": self._program("F", values, (len(sent), len(results)), shardings)}
+        self._values = [self._read(argument) for argument in self.stage.reads]
+        self._values += [self._struct(var.aval, self.activation(var.aval)) for var in received]
+        self._sent = [self._struct(each, self.activation(each)) for each in sent]
+        shardings = [each.sharding for each in self._sent], [self._result(*pair) for pair in zip(self.stage.results, results)], None
+        self._start("F", (len(sent), len(results)), shardings)
+
+    def lower_backward(self) -> None:
+        """Start compiling B."""
+        tasks = self.tasks
         if tasks.backward is None:
-            return programs
-        residuals = [var.aval for var in tasks.forward.closed.jaxpr.outvars[len(outputs) :]]
-        values += self._placed(residuals, programs["F"], 2)
-        values += [self._struct(sent[place], self.activation(sent[place])) for place in tasks.sends]
-        values.append(jax.ShapeDtypeStruct((), self.loss_dtype or np.float32, sharding=self.placement.replicated))
-        returns = [values[tasks.given + place].sharding for place in tasks.returns]
+            return
+        residuals = [var.aval for var in tasks.forward.closed.jaxpr.outvars[len(self._sent) + len(self.stage.results) :]]
+        self._values += self._placed(residuals, "F", 2)
+        self._values += [self._sent[place] for place in tasks.sends]
+        self._values.append(jax.ShapeDtypeStruct((), self.loss_dtype or np.float32, sharding=self.placement.replicated))
+        returns = [self._values[tasks.given + place].sharding for place in tasks.returns]
         if tasks.weights is None:
-            sums = [sharding for _, sharding in self.sums_at]
-            return programs | {"B": self._program("B", values, (len(returns),), (returns, sums))}
-        if returns or tasks.left:
-            programs["B"] = self._program("B", values, (len(returns),), (returns, None), sums=False)
-            left = [var.aval for var in tasks.backward.closed.jaxpr.outvars[len(returns) :]]
-            values += self._placed(left, programs["B"], 1)
-        if tasks.trained:
-            programs["W"] = self._program("W", values, (0,), ([], [sharding for _, sharding in self.sums_at]))
-        return programs
+            self._start("B", (len(returns),), (returns, [sharding for _, sharding in self.sums_at]))
+        elif returns or tasks.left:
+            self._start("B", (len(returns),), (returns, None))
+
+    def lower_weights(self) -> None:
+        """Start compiling W."""
+        tasks = self.tasks
+        if tasks.weights is None or tasks.backward is None or not tasks.trained:
+            return
+        if tasks.left:
+            self._values += self._placed([var.aval for var in tasks.backward.closed.jaxpr.outvars[len(tasks.returns) :]], "B", 1)
+        self._start("W", (0,), ([], [sharding for _, sharding in self.sums_at]))
 
     def _read(self, argument: int) -> Any:
         shape = self._shape_of(argument)
@@ -203,27 +222,28 @@ class StageProgram:
         argument = self.whole.replaces.get(result)
         return self.activation(shape) if argument is None else self.placement.stored(self.whole.leaves[argument], shape)
 
-    def _placed(self, shapes: Sequence[Any], program: Any, part: int) -> list[Any]:
+    def _placed(self, shapes: Sequence[Any], kind: str, part: int) -> list[Any]:
         """What a program gives, where it gives it."""
         if self.placement.plan.device_count == 1:
             return [self._struct(shape, self.placement.replicated) for shape in shapes]
-        return [self._struct(*pair) for pair in zip(shapes, program.output_shardings[part])]
+        return [self._struct(*pair) for pair in zip(shapes, self._compiling[kind].result().output_shardings[part])]
 
-    def _program(self, kind: str, values: list[Any], ends: tuple[int, ...], shardings: tuple, *, sums: bool = True) -> Any:
-        """One task, compiled."""
-        function, several = self._functions[kind], self.placement.plan.device_count > 1
+    def _start(self, kind: str, ends: tuple[int, ...], shardings: tuple) -> None:
+        """Start compiling one task."""
+        values, function, several = self._values, self._functions[kind], self.placement.plan.device_count > 1
         given = [self._computed(place, values[place]) for place in function.takes]
         flat_shardings = [each for part, count in zip(shardings, self._counts(kind, ends)) for each in (part or [None] * count)]
         closed = self._compiler.prepared(function.closed, self.placement, given, flat_shardings)
         call = self._call(function, closed, given if several else None)
-        sums = sums and kind != "F"
+        sums = kind == "W" or (kind == "B" and self.tasks.weights is None)
         whole = _summing(call, ends[0]) if sums else _dividing(call, ends)
         arguments = ([values[place] for place in self.takes[kind]], self._block, jax.ShapeDtypeStruct((), np.int32, sharding=self.placement.replicated))
         if sums:
             summed = [self._struct(self._shape_of(weight), sharding) for weight, sharding in self.sums_at]
             arguments = (summed, *arguments)
         key = (kind, ends, function.takes, self._slices, tuple(self.leaves), self._batch_places(), sums)
-        return self._compiler.compiled(whole, closed, arguments, donates=sums, key=key, shardings=shardings if several else None)
+        options = {"donates": sums, "key": key, "shardings": shardings if several else None}
+        self._compiling[kind] = self._compiler.start(whole, function.closed, closed, arguments, **options)
 
     def _counts(self, kind: str, ends: tuple[int, ...]) -> list[int]:
         total = len(self._functions[kind].closed.jaxpr.outvars)
@@ -305,14 +325,14 @@ class RoundProgram:
         self.kept = [number for number in round_.takes if number not in gives_away]
         self.zeroed = [number for number in self.given_away if number in gradients]
         self._compiler, self._round, self._placement, self._at = compiler, round_, placement, at
-        self._compiling: Future = _COMPILERS.submit(self._compile)
+        self._compiling: Future = self._start()
 
     @cached_property
     def program(self) -> Any:
         """The program."""
         return self._compiling.result()
 
-    def _compile(self) -> Any:
+    def _start(self) -> Future:
         several = self._placement.plan.device_count > 1
         structs = {number: self._at(number) for number in (*self._round.takes, *self.gives)}
         given, left = ([structs[number].sharding for number in numbers] for numbers in (self._round.takes, self.gives))
@@ -326,4 +346,5 @@ class RoundProgram:
 
         arguments = [structs[number] for number in away], [structs[number] for number in kept]
         shardings = (left, [structs[number].sharding for number in zeroed]) if several else None
-        return self._compiler.compiled(update, closed, arguments, donates=True, key=("update", tuple(away), tuple(kept), tuple(zeroed), takes), shardings=shardings)
+        key = ("update", tuple(away), tuple(kept), tuple(zeroed), takes)
+        return self._compiler.start(update, self._round.closed, closed, arguments, donates=True, key=key, shardings=shardings)
