@@ -39,7 +39,7 @@ class PipelineRunner(Runner):
         super().__init__(adapter, step, placement)
         self.line = Line(step, placement)
         self._logs: list[Any] = []
-        self._torn = False
+        self._torn = self._ahead = False
         for block in blocks:
             self.make(block.arrays)
 
@@ -67,7 +67,7 @@ class PipelineRunner(Runner):
     def run(self, block: Block) -> Any:
         """Start the tasks of a block; gives the predictions, if the step makes any."""
         steps = self.find(block.arrays)
-        self._torn = True
+        self._torn = self._ahead = True
         told = self.line.run(steps, block)
         self._torn = False
         block.release(())  # type: ignore[arg-type]  (the stages have copies)
@@ -84,6 +84,7 @@ class PipelineRunner(Runner):
         losses = [float(np.asarray(each["loss"])) for each in self._logs] if guards else []
         jax.block_until_ready(self._state)
         self.step.write(self._state)
+        self._ahead = False
         done = next((index for index, loss in enumerate(losses) if not np.isfinite(loss)), len(self._logs))
         healthy = done == len(self._logs)
         return Tally(np.int32(done), healthy, logs if healthy else self._logs[done])
@@ -93,7 +94,7 @@ class PipelineRunner(Runner):
         if self._torn and self._snapshot:  # cut off within a step: some stages have gone on and others have not
             self._state = self.line.state()
             self.recover()
-        elif self.line.loaded:
+        elif self._ahead:
             self.step.write(self.line.state())
         first = jax.devices()[0]
         self.step.write(jax.tree.map(lambda array: array if array.devices() == {first} else jax.device_put(array, first), self.step.read()))
@@ -318,14 +319,15 @@ class Line:
         for weight, owner in enumerate(update.owners):
             values[owner][slots + weight] = self._sum(owner, weight)
             values[owner][slots + weights + weight] = self._hold(owner, weight)
+        for number in plan.sends:
+            self._send_value(number, next((own[number] for own in values if number in own), None), values)
         for program in update.programs:
             own = values[program.stage]
             made, zeros = program.program([own[number] for number in program.given_away], [own[number] for number in program.kept])
             own.update(zip(program.gives, made))
             self._sums[program.stage].update(zip((number - slots for number in program.zeroed), zeros))
             for number, value in zip(program.gives, made):
-                for device in plan.sends.get(number, ()):
-                    values[device][number] = jax.device_put(value, update.sharding(number, device, value))
+                self._send_value(number, value, values)
         for weight, (number, owner) in enumerate(zip(plan.new_weights, update.owners)):
             self._homes[weight] = self._held[owner][weight] = values[owner][number]
             for device, held in enumerate(self._held):
@@ -335,6 +337,11 @@ class Line:
             for device in plan.homes[slot]:
                 self._slots[device][slot] = values[device][number]
             self._slots_read[slot] = self._slots[plan.homes[slot][0]][slot]
+
+    def _send_value(self, number: int, value: Any, values: list[dict[int, Any]]) -> None:
+        """Bring a value of an update, once there is one, to the devices that take it."""
+        for device in self.update.update.sends.get(number, ()) if value is not None else ():
+            values[device][number] = jax.device_put(value, self.update.sharding(number, device, value))
 
     def _slot(self, device: int, slot: int) -> Any:
         slots = self._slots[device]

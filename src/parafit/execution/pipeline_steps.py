@@ -49,9 +49,9 @@ class Part:
         stages: the step cut into stages.
         slices: which rows they are.
         placement: of the pipeline.
-        plan: of the pipeline.
         compiler: of its programs.
         block: shapes of a block's arrays.
+        split: whether gradients of weights are tasks of their own.
 
     Attributes:
         programs: of each stage.
@@ -59,10 +59,11 @@ class Part:
         backward: for each stage, the ways of the gradients of what it received.
     """
 
-    def __init__(self, whole: Whole, stages: Stages, slices: Slices, placement: Placement, compiler: Compiler, block: Sequence[Any]):
+    def __init__(
+        self, whole: Whole, stages: Stages, slices: Slices, placement: Placement, compiler: Compiler, block: Sequence[Any], *, split: bool
+    ):
         plan = placement.plan
         self.whole, self.stages, self.slices = whole, stages, slices
-        split = whole.trains and make_grid_of(plan, plan.microbatches, stages).splits_backward
         at = [placement.pipeline[stage % len(placement.pipeline)] for stage in range(plan.stages)]
         self.programs = [
             StageProgram(compiler, whole, stage, tasks_of(stage, whole, split=split, recompute=plan.recompute != "none"), where, slices, block)
@@ -136,18 +137,24 @@ class PipelineSteps:
             planned_function(step, Placement(self.plan.inside), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays))
             self.slices = slices_of(pieces(self.rows, self.plan.inside))
         self._compiler = Compiler(self.plan.precision)
-        self.parts = [self._part(step, placement, leaves, structure, each, owners) for each in self.slices]
+        shapes = [[jax.ShapeDtypeStruct((each.rows, *leaf.shape[2:]) if leaf.ndim > 1 else (), leaf.dtype) for leaf in leaves] for each in self.slices]
+        wholes = [whole_step(step, jax.tree.unflatten(structure, batch)) for batch in shapes]
+        cuts = []
+        for whole in wholes:
+            cuts.append(cut(whole, self.plan.stages, owners=owners))
+            owners[:] = owners or cuts[0].owners
+        self._times = times_of(cuts[0])
+        split = self.trains and self._grid(sum(each.count for each in self.slices)).splits_backward
+        self.parts = [
+            Part(*each, placement, self._compiler, self._blocks(each[2], batch), split=split)
+            for *each, batch in zip(wholes, cuts, self.slices, shapes)
+        ]
         self.where = [(part, place) for part in self.parts for place in range(part.slices.count)]
         self._orders: dict[int, list[Task]] = {}
 
-    def _part(self, step: Step, placement: Placement, leaves: list, structure: Any, slices: Slices, owners: list[int]) -> Part:
-        shapes = [jax.ShapeDtypeStruct((slices.rows, *leaf.shape[2:]) if leaf.ndim > 1 else (), leaf.dtype) for leaf in leaves]
-        whole = whole_step(step, jax.tree.unflatten(structure, shapes))
-        stages = cut(whole, self.plan.stages, owners=owners)
-        owners[:] = owners or stages.owners
+    def _blocks(self, slices: Slices, shapes: Sequence[Any]) -> list[Any]:
         count = self.capacity * slices.count
-        block = [jax.ShapeDtypeStruct((count, *shape.shape), jax.dtypes.canonicalize_dtype(shape.dtype)) for shape in shapes]
-        return Part(whole, stages, slices, placement, self._compiler, block)
+        return [jax.ShapeDtypeStruct((count, *shape.shape), jax.dtypes.canonicalize_dtype(shape.dtype)) for shape in shapes]
 
     def wait(self) -> None:
         """Until all is compiled."""
@@ -160,13 +167,16 @@ class PipelineSteps:
         """Tasks in the order in which they are started: those of a batch, or, of a step that only goes forward, of so many batches."""
         count = len(self.where) if self.trains else steps
         if count not in self._orders:
-            stages = self.parts[0].stages
-            grid = make_grid_of(self.plan, count, stages) if self.trains else self._forward_grid(count)
-            self._orders[count] = simulate(grid, times_of(stages)).dispatch_order()
+            self._orders[count] = simulate(self._grid(count), self._times).dispatch_order()
         return self._orders[count]
 
-    def _forward_grid(self, count: int) -> Grid:
-        return make_forward_grid(devices=self.plan.axes["pipeline"], microbatches=count, interleave=self.plan.interleave)
+    def _grid(self, count: int) -> Grid:
+        """The schedule; a short batch may have fewer microbatches than interleaving takes, and gets a list schedule."""
+        words = {"devices": self.plan.axes["pipeline"], "microbatches": count, "interleave": self.plan.interleave}
+        if not self.trains:
+            return make_forward_grid(**words)
+        odd = self.plan.schedule == "interleaved" and count % self.plan.axes["pipeline"]
+        return make_grid("list" if odd else self.plan.schedule, **words, times=self._times)
 
     def sliced(self, leaf: np.ndarray, slices: Slices) -> np.ndarray:
         """One array of a block as microbatches of one size, of shape (capacity · count, rows, ...)."""
@@ -180,13 +190,6 @@ def times_of(stages: Stages) -> TaskTimes:
     """About what the tasks of stages take."""
     seconds = tuple(stage.seconds for stage in stages.stages)
     return TaskTimes(forward=seconds, backward=seconds, weights=seconds, send=(0.0,) * (len(seconds) - 1))
-
-
-def make_grid_of(plan: Plan, microbatches: int, stages: Stages) -> Grid:
-    """The schedule of a training step; a short batch may have fewer microbatches than interleaving takes, and gets a list schedule."""
-    odd = plan.schedule == "interleaved" and microbatches % plan.axes["pipeline"]
-    schedule = "list" if odd else plan.schedule
-    return make_grid(schedule, devices=plan.axes["pipeline"], microbatches=microbatches, interleave=plan.interleave, times=times_of(stages))
 
 
 class PipelineUpdate:
@@ -223,7 +226,8 @@ class PipelineUpdate:
         own = self.update.rounds[index]
         later = {number for each in self.update.rounds[index + 1 :] if each.stage == own.stage for number in each.takes}
         stays = {*self.update.new_slots, *self.update.new_weights}
-        return {number for number in own.takes if number < self._slots + 2 * self._weights} - later - stays
+        homes = [*self.update.homes, *((owner,) for owner in (*self.owners, *self.owners))]
+        return {number for number in own.takes if number < len(homes) and own.stage in homes[number]} - later - stays - set(self.update.sends)
 
     def _at(self, device: int) -> Any:
         placement = self._placement.pipeline[device]

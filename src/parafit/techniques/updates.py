@@ -46,7 +46,7 @@ class Update:
         homes: the stages that keep each slot: one, or all that update.
         new_slots: the number of each slot's new value.
         new_weights: the number of each weight's new value.
-        sends: for values that rounds give, the other stages that take or keep them.
+        sends: for values, the stages that take or keep them beside those that have or make them.
     """
 
     rounds: tuple[Round, ...]
@@ -77,6 +77,7 @@ class _Cut:
         closed, (weights, slots) = jaxpr_of(step.parts.update, *arguments)
         self.flat, self.owners, self.slots = inlined(closed), list(owners), len(state.slots)
         assert len(weights) == len(owners) and len(slots) == self.slots
+        self._inputs = set(self.flat.inputs)
         names = {leaf.name: owner for leaf, owner in zip(step.leaves[1].weights, owners)}
         self.kept_at = [names.get(leaf.like, _EVERYWHERE) if leaf.role == "slot" else _EVERYWHERE for leaf in step.leaves[1].slots]
         self._locate()
@@ -110,7 +111,8 @@ class _Cut:
                 f"this optimizer ties weights of several stages in one operation ({equation.primitive.name}), as loss scaling and "
                 "gradient_accumulation_steps do: a pipeline cannot cut its update. Use microbatches= in their place, or a plan without pipeline."
             )
-        if len(stages) > 1 or (tied and (not stages or (single and all(_size(var) <= 1 for var in equation.outvars)))):
+        sums = single and not any(var in self._inputs for var in operands if self.at.get(var, _EVERYWHERE) >= 0)
+        if len(stages) > 1 or (tied and (not stages or sums)):
             at = _TIED
         else:
             at = next(iter(stages), _EVERYWHERE)
@@ -177,7 +179,8 @@ class _Cut:
         )
 
     def _sends(self, rounds: Sequence[Round], homes: Sequence, new_weights: Sequence[int], new_slots: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        made_at: dict[int, set[int]] = {}
+        homes_of = [*homes, *((owner,) for owner in (*self.owners, *self.owners))]
+        made_at = {number: set(stages) for number, stages in enumerate(homes_of)}
         wanted_at: dict[int, set[int]] = {}
         for each in rounds:
             for number in each.gives:
