@@ -220,8 +220,7 @@ class Line:
             else:
                 self._run_backward(kind, part, stage, microbatch, block, number, coming[own], steps.rows)
         for argument, values in advanced.items():
-            for stage, value in values:
-                self._homes[argument] = self._held[stage % len(self._places)][argument] = value
+            self._renew(argument, values)
         self._run_update()
         return self._outputs(steps.parts[0], told)
 
@@ -277,10 +276,17 @@ class Line:
 
     def _change(self, part: Part, stage: int, argument: int, value: Any, given: list) -> None:
         """Let a stage's next microbatch read new state."""
-        self._homes[argument] = self._held[stage % len(self._places)][argument] = value
+        self._renew(argument, [(stage, value)])
         reads = part.programs[stage].stage.reads
         if argument in reads:
             given[reads.index(argument)] = value
+
+    def _renew(self, argument: int, values: list[tuple[int, Any]]) -> None:
+        """Let stages hold new state; copies that others have are old now. (Batches of other sizes may be cut at other places.)"""
+        for held in self._held:
+            held.pop(argument, None)
+        for stage, value in values:
+            self._homes[argument] = self._held[stage % len(self._places)][argument] = value
 
     def _outputs(self, part: Part, results: dict[int, Any]) -> Any:
         return jax.tree.unflatten(jax.tree.structure(part.whole.outputs), [results[result] for result in part.whole.told])
