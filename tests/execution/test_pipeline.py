@@ -36,7 +36,11 @@ def skips():
     hidden = layers.Dense(8, "tanh")(layers.Add()([hidden, first]))
     outputs = layers.Dense(3, "softmax")(layers.Concatenate()([hidden, first]))
     rng = np.random.default_rng(0)
-    return models.compiled(keras.Model(inputs, outputs), keras.optimizers.SGD(0.1, momentum=0.9)), rng.normal(size=(ROWS, 6)), rng.integers(0, 3, ROWS)
+    return (
+        models.compiled(keras.Model(inputs, outputs), keras.optimizers.SGD(0.1, momentum=0.9)),
+        rng.normal(size=(ROWS, 6)),
+        rng.integers(0, 3, ROWS),
+    )
 
 
 def blocks():
@@ -213,7 +217,10 @@ def test_losses_that_are_not_finite_end_training():
 
 
 REFUSED = {
-    "pipeline=8,interleave=4,schedule=list,microbatches=8": ("linear", "a pipeline of 32 stages needs 31 places to cut, and the network has"),
+    "pipeline=8,interleave=4,schedule=list,microbatches=8": (
+        "linear",
+        "a pipeline of 32 stages needs 31 places to cut, and the network has",
+    ),
     "pipeline=2,microbatches=2": ("own_train_step", "has its own 'train_step"),
     "pipeline=2,interleave=2,microbatches=4": ("deep", "schedule '1f1b' has one stage a device, so interleave=2 is not for it"),
     "pipeline=2,interleave=2,microbatches=3,schedule=interleaved": ("deep", "microbatches"),

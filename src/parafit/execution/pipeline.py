@@ -175,7 +175,9 @@ class Line:
         """For each stage, the arrays of a block that it reads."""
         arrays = [steps.sliced(leaf, part.slices) for leaf in jax.tree.leaves(block.arrays)]
         return [
-            jax.device_put([arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves])
+            jax.device_put(
+                [arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves]
+            )
             for program in part.programs
         ]
 
@@ -235,7 +237,9 @@ class Line:
             self.kept[stage, microbatch] = [value if keep else None for value, keep in zip(values, program.keeps)]
         return list(zip(program.stage.results, results))
 
-    def _run_backward(self, kind: str, part: Part, stage: int, microbatch: int, block: list, number: int, coming: "_Gradients", rows: int) -> None:
+    def _run_backward(
+        self, kind: str, part: Part, stage: int, microbatch: int, block: list, number: int, coming: "_Gradients", rows: int
+    ) -> None:
         program = part.programs[stage]
         if not program.tasks.backward:
             return
@@ -260,7 +264,10 @@ class Line:
     def _given(self, part: Part, stage: int) -> list[Any]:
         """The arrays of state that a stage reads; None in the place of rows."""
         program = part.programs[stage]
-        return [self._hold(stage % len(self._places), argument) if argument < part.whole.state.stop else None for argument in program.stage.reads]
+        return [
+            self._hold(stage % len(self._places), argument) if argument < part.whole.state.stop else None
+            for argument in program.stage.reads
+        ]
 
     def _hold(self, device: int, argument: int) -> Any:
         held = self._held[device]
@@ -338,7 +345,9 @@ class Line:
             self._homes[weight] = self._held[owner][weight] = values[owner][number]
             for device, held in enumerate(self._held):
                 if weight in held and device != owner:
-                    held[weight] = jax.device_put(values[owner][number], self._places[device].stored(self._leaves[weight], values[owner][number]))
+                    held[weight] = jax.device_put(
+                        values[owner][number], self._places[device].stored(self._leaves[weight], values[owner][number])
+                    )
         for slot, number in enumerate(plan.new_slots):
             for device in plan.homes[slot]:
                 self._slots[device][slot] = values[device][number]

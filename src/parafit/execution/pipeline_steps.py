@@ -66,7 +66,9 @@ class Part:
         self.whole, self.stages, self.slices = whole, stages, slices
         at = [placement.pipeline[stage % len(placement.pipeline)] for stage in range(plan.stages)]
         self.programs = [
-            StageProgram(compiler, whole, stage, tasks_of(stage, whole, split=split, recompute=plan.recompute != "none"), where, slices, block)
+            StageProgram(
+                compiler, whole, stage, tasks_of(stage, whole, split=split, recompute=plan.recompute != "none"), where, slices, block
+            )
             for stage, where in zip(stages.stages, at)
         ]
         for lower in (StageProgram.lower_forward, StageProgram.lower_backward, StageProgram.lower_weights):
@@ -77,7 +79,9 @@ class Part:
 
     def _sent(self, stage: int) -> list[Way]:
         takers = self.stages.stages[stage].takers
-        pairs = {to: [place for place, stages in enumerate(takers) if to in stages] for to in sorted({to for stages in takers for to in stages})}
+        pairs = {
+            to: [place for place, stages in enumerate(takers) if to in stages] for to in sorted({to for stages in takers for to in stages})
+        }
         return [
             self._way(stage, to, places, [self.stages.stages[to].received.index((stage, place)) for place in places], places)
             for to, places in pairs.items()
@@ -134,10 +138,15 @@ class PipelineSteps:
         self.capacity, self.rows = leaves[0].shape[0], max((leaf.shape[1] for leaf in leaves if leaf.ndim > 1), default=1)
         self.slices = [Slices(count=1, rows=self.rows, first=0)]
         if self.trains:
-            planned_function(step, Placement(self.plan.inside), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays))
+            planned_function(
+                step, Placement(self.plan.inside), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
+            )
             self.slices = slices_of(pieces(self.rows, self.plan.inside))
         self._compiler = Compiler(self.plan.precision)
-        shapes = [[jax.ShapeDtypeStruct((each.rows, *leaf.shape[2:]) if leaf.ndim > 1 else (), leaf.dtype) for leaf in leaves] for each in self.slices]
+        shapes = [
+            [jax.ShapeDtypeStruct((each.rows, *leaf.shape[2:]) if leaf.ndim > 1 else (), leaf.dtype) for leaf in leaves]
+            for each in self.slices
+        ]
         wholes = [whole_step(step, jax.tree.unflatten(structure, batch)) for batch in shapes]
         cuts = []
         for whole in wholes:
@@ -227,7 +236,9 @@ class PipelineUpdate:
         later = {number for each in self.update.rounds[index + 1 :] if each.stage == own.stage for number in each.takes}
         stays = {*self.update.new_slots, *self.update.new_weights}
         homes = [*self.update.homes, *((owner,) for owner in (*self.owners, *self.owners))]
-        return {number for number in own.takes if number < len(homes) and own.stage in homes[number]} - later - stays - set(self.update.sends)
+        return (
+            {number for number in own.takes if number < len(homes) and own.stage in homes[number]} - later - stays - set(self.update.sends)
+        )
 
     def _at(self, device: int) -> Any:
         placement = self._placement.pipeline[device]

@@ -133,7 +133,9 @@ class StageProgram:
         keeps: for each value that it has after F, whether B or W takes it.
     """
 
-    def __init__(self, compiler: Compiler, whole: Whole, stage: Stage, tasks: Tasks, placement: Placement, slices: Slices, block: Sequence[Any]):
+    def __init__(
+        self, compiler: Compiler, whole: Whole, stage: Stage, tasks: Tasks, placement: Placement, slices: Slices, block: Sequence[Any]
+    ):
         self.whole, self.stage, self.tasks, self.placement = whole, stage, tasks, placement
         self._slices, self._compiler = slices, compiler
         self.leaves = [argument - whole.batch.start - 1 for argument in stage.reads if argument > whole.batch.start]
@@ -141,7 +143,9 @@ class StageProgram:
         self._functions: dict[str, Function] = {
             kind: function for kind, function in (("F", tasks.forward), ("B", tasks.backward), ("W", tasks.weights)) if function
         }
-        self.takes = {kind: [place for place in function.takes if not self._is_of_batch(place)] for kind, function in self._functions.items()}
+        self.takes = {
+            kind: [place for place in function.takes if not self._is_of_batch(place)] for kind, function in self._functions.items()
+        }
         later = {place for kind, places in self.takes.items() if kind != "F" for place in places}
         self.trained = [stage.reads[place] for place in tasks.trained]
         self.loss_dtype = next((var.aval.dtype for result, var in zip(stage.results, self._results) if whole.trains and result == 0), None)
@@ -237,7 +241,11 @@ class StageProgram:
         call = self._call(function, closed, given if several else None)
         sums = kind == "W" or (kind == "B" and self.tasks.weights is None)
         whole = _summing(call, ends[0]) if sums else _dividing(call, ends)
-        arguments = ([values[place] for place in self.takes[kind]], self._block, jax.ShapeDtypeStruct((), np.int32, sharding=self.placement.replicated))
+        arguments = (
+            [values[place] for place in self.takes[kind]],
+            self._block,
+            jax.ShapeDtypeStruct((), np.int32, sharding=self.placement.replicated),
+        )
         if sums:
             summed = [self._struct(self._shape_of(weight), sharding) for weight, sharding in self.sums_at]
             arguments = (summed, *arguments)
@@ -256,7 +264,9 @@ class StageProgram:
         return value.sharding
 
     def _batch_places(self) -> dict[int, int]:
-        return tuple((place, argument - self.whole.batch.start - 1) for place, argument in enumerate(self.stage.reads) if self._is_of_batch(place))
+        return tuple(
+            (place, argument - self.whole.batch.start - 1) for place, argument in enumerate(self.stage.reads) if self._is_of_batch(place)
+        )
 
     def _call(self, function: Function, closed: ClosedJaxpr, shardings: Sequence[Any] | None) -> Callable:
         """`(values, block, index) -> results`: the function, given its rows of the block."""
@@ -273,7 +283,9 @@ class StageProgram:
                 else:
                     arguments.append(jax.lax.dynamic_index_in_dim(block[places[of_batch[place]]], index, keepdims=False))
             if shardings is not None:
-                arguments = [value if at is None else jax.lax.with_sharding_constraint(value, at) for value, at in zip(arguments, shardings)]
+                arguments = [
+                    value if at is None else jax.lax.with_sharding_constraint(value, at) for value, at in zip(arguments, shardings)
+                ]
             return run(*arguments)
 
         return call
@@ -319,7 +331,9 @@ class RoundProgram:
         gradients: the numbers of those of them that are sums of gradients: zeros of their shape take their place.
     """
 
-    def __init__(self, compiler: Compiler, round_: Round, placement: Placement, at: Callable[[int], Any], gives_away: set[int], gradients: range):
+    def __init__(
+        self, compiler: Compiler, round_: Round, placement: Placement, at: Callable[[int], Any], gives_away: set[int], gradients: range
+    ):
         self.stage, self.gives = round_.stage, round_.gives
         self.given_away = [number for number in round_.takes if number in gives_away]
         self.kept = [number for number in round_.takes if number not in gives_away]

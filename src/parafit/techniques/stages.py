@@ -155,7 +155,10 @@ class _Flow:
         """Where stages start so that each weight is first read where it is kept."""
         return [
             0,
-            *(min([self.last_place, *(place for weight, place in self.first_use.items() if owners[weight] >= stage)]) for stage in range(1, count)),
+            *(
+                min([self.last_place, *(place for weight, place in self.first_use.items() if owners[weight] >= stage)])
+                for stage in range(1, count)
+            ),
         ]
 
     def starts(self, count: int, limits: Sequence[float] | None) -> list[int]:
@@ -245,7 +248,9 @@ class _Assignment:
         bounds = [*starts, len(flow.moving)]
         for stage, (first, end) in enumerate(zip(bounds, bounds[1:])):
             self.stage_of.update(dict.fromkeys(flow.moving[first:end], stage))
-        self.owners = [self._stage_at(flow.first_use[weight]) if weight in flow.first_use else self.count - 1 for weight in range(self.whole.weights)]
+        self.owners = [
+            self._stage_at(flow.first_use[weight]) if weight in flow.first_use else self.count - 1 for weight in range(self.whole.weights)
+        ]
         for index in sorted(flow.pinned):
             self.stage_of[index] = max(map(self._known_stage, read(self.equations[index])), default=0)
 
@@ -274,8 +279,12 @@ class _Assignment:
         return Stages(
             stages=tuple(self._stage(stage, part, sent[stage], places) for stage, part in enumerate(found)),
             owners=tuple(owners),
-            advancing=frozenset(argument for result, argument in self.whole.replaces.items() if self._changes(result) and not self._by_batch(result)),
-            changing=frozenset(argument for result, argument in self.whole.replaces.items() if self._changes(result) and self._by_batch(result)),
+            advancing=frozenset(
+                argument for result, argument in self.whole.replaces.items() if self._changes(result) and not self._by_batch(result)
+            ),
+            changing=frozenset(
+                argument for result, argument in self.whole.replaces.items() if self._changes(result) and self._by_batch(result)
+            ),
         )
 
     def _changes(self, result: int) -> bool:

@@ -80,7 +80,9 @@ class _Derivation:
         self.inputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in stage.closed.jaxpr.invars[len(stage.constants) :]]
         self.outputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in stage.closed.jaxpr.outvars]
         self.given = len(stage.reads)
-        self.trained = tuple(place for place, argument in enumerate(stage.reads) if argument < whole.weights and _learns(self.inputs[place]))
+        self.trained = tuple(
+            place for place, argument in enumerate(stage.reads) if argument < whole.weights and _learns(self.inputs[place])
+        )
         self.returns = tuple(place for place in range(len(stage.received)) if _learns(self.inputs[self.given + place]))
         self.differentiable = [place for place in range(len(stage.takers)) if _learns(self.outputs[place])]
         self.sends = tuple(place for place in self.differentiable for _ in stage.takers[place])
@@ -145,7 +147,10 @@ class _Derivation:
             saved, coming, share = rest[: len(kept)], rest[len(kept) : -1], rest[-1]
             remade = iter(make_again(*(inputs[place] for place in again.takes)))
             leaves = [saved[places[var]] if isinstance(var, Var) and var in places else next(remade) for var in residuals]
-            sums = [functools.reduce(operator.add, (value for value, at in zip(coming, self.sends) if at == place)) for place in self.differentiable]
+            sums = [
+                functools.reduce(operator.add, (value for value, at in zip(coming, self.sends) if at == place))
+                for place in self.differentiable
+            ]
             pulled = jax.tree.unflatten(self.structure, leaves)(sums + ([share] if self.loss is not None else []))
             return [*pulled[len(self.trained) :], *pulled[: len(self.trained)]]
 
@@ -192,7 +197,9 @@ def function_of(flat: Inlined, outputs: Sequence[Any], inputs: Sequence[Var] = (
     closed = flat.part(kept, [*constants, *taken], outputs)
     if constants:
         run, values = jaxpr_as_fun(closed), [flat.constants[var] for var in constants]
-        closed = jax.make_jaxpr(lambda *given: run(*values, *given))(*(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in taken))
+        closed = jax.make_jaxpr(lambda *given: run(*values, *given))(
+            *(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in taken)
+        )
     return Function(takes=takes, closed=closed)
 
 

@@ -178,7 +178,9 @@ class _Cut:
             closed=function.closed,
         )
 
-    def _sends(self, rounds: Sequence[Round], homes: Sequence, new_weights: Sequence[int], new_slots: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    def _sends(
+        self, rounds: Sequence[Round], homes: Sequence, new_weights: Sequence[int], new_slots: Sequence[int]
+    ) -> dict[int, tuple[int, ...]]:
         homes_of = [*homes, *((owner,) for owner in (*self.owners, *self.owners))]
         made_at = {number: set(stages) for number, stages in enumerate(homes_of)}
         wanted_at: dict[int, set[int]] = {}
@@ -191,7 +193,11 @@ class _Cut:
             wanted_at.setdefault(number, set()).add(owner)
         for number, stages in zip(new_slots, homes):
             wanted_at.setdefault(number, set()).update(stages)
-        return {number: tuple(sorted(wanted_at.get(number, set()) - stages)) for number, stages in made_at.items() if wanted_at.get(number, set()) - stages}
+        return {
+            number: tuple(sorted(wanted_at.get(number, set()) - stages))
+            for number, stages in made_at.items()
+            if wanted_at.get(number, set()) - stages
+        }
 
 
 def _size(var: Any) -> int:
