@@ -43,7 +43,7 @@ class Placement:
 
     plan: Plan
     layout: Layout = field(default_factory=Layout)
-    devices: tuple[jax.Device, ...] = ()
+    devices: tuple[Any, ...] = ()
 
     @cached_property
     def mesh(self) -> Mesh | None:

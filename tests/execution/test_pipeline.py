@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from keras import layers
 
-import parafit
-from parafit.errors import PlanError
+from parafit import evaluate, fit, predict
+from parafit.errors import NonFiniteLossError, PlanError
 from parafit.execution.pipeline import Line
 from parafit.nnx import Trainable
 from parafit.planner.schedules import make_grid
@@ -98,9 +98,9 @@ def trained(make, plan, **options):
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(11)
     model, x, y = make()
-    history = parafit.fit(model, x, y, plan=plan, verbose=0, **({"batch_size": 8, "epochs": 2} | options))
-    scores = parafit.evaluate(model, x, y, batch_size=8, verbose=0, return_dict=True, plan=plan)
-    outputs = parafit.predict(model, x, batch_size=8, verbose=0, plan=plan)
+    history = fit(model, x, y, plan=plan, verbose=0, **({"batch_size": 8, "epochs": 2} | options))
+    scores = evaluate(model, x, y, batch_size=8, verbose=0, return_dict=True, plan=plan)
+    outputs = predict(model, x, batch_size=8, verbose=0, plan=plan)
     if isinstance(model, keras.Model):
         state = model.get_weights() + [variable.numpy() for variable in model.optimizer.variables]
     else:
@@ -178,6 +178,8 @@ def test_whole_batches_may_tie_their_rows():
 @pytest.mark.usefixtures("float64")
 def test_validation_callbacks_and_generators():
     class Halved(keras.callbacks.Callback):
+        model: keras.Model
+
         def on_epoch_end(self, epoch, logs=None):
             self.model.optimizer.learning_rate = float(self.model.optimizer.learning_rate) / 2
 
@@ -203,15 +205,15 @@ def test_stages_keep_what_the_schedule_says(schedule, monkeypatch):
 
     monkeypatch.setattr(Line, "__init__", counted)
     model, x, y = models.deep(rows=16)
-    parafit.fit(model, x, y, batch_size=16, plan=f"pipeline=4,microbatches=8,schedule={schedule}", verbose=0)
+    fit(model, x, y, batch_size=16, plan=f"pipeline=4,microbatches=8,schedule={schedule}", verbose=0)
     assert tuple(most[stage] for stage in range(4)) == make_grid(schedule, devices=4, microbatches=8).in_flight
 
 
 def test_losses_that_are_not_finite_end_training():
     model, x, y = models.deep(rows=32, optimizer=keras.optimizers.SGD(1e30))
     before = model.get_weights()
-    with pytest.raises(parafit.errors.NonFiniteLossError):
-        parafit.fit(model, x, y, batch_size=8, epochs=3, plan="pipeline=2,microbatches=2", verbose=0)
+    with pytest.raises(NonFiniteLossError):
+        fit(model, x, y, batch_size=8, epochs=3, plan="pipeline=2,microbatches=2", verbose=0)
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     assert len(before) == len(model.get_weights())
 
@@ -237,7 +239,7 @@ def test_refused(plan):
     else:
         model, x, y = getattr(models, name)(rows=8)
     with pytest.raises(PlanError, match=reason):
-        parafit.fit(model, x, y, plan=plan, verbose=0)
+        fit(model, x, y, plan=plan, verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -246,4 +248,4 @@ def test_refused(plan):
 def test_updates_that_cannot_be_cut_are_refused(optimizer):
     model, x, y = models.deep(rows=16, optimizer=optimizer)
     with pytest.raises(PlanError, match="ties weights of several stages in one operation"):
-        parafit.fit(model, x, y, plan="pipeline=2,microbatches=2", verbose=0)
+        fit(model, x, y, plan="pipeline=2,microbatches=2", verbose=0)

@@ -1,7 +1,7 @@
 """A step's state on its way through the stages of a pipeline.
 
-One Python loop starts every task in the order in which a simulation of the schedule starts them; nothing waits. Arrays go to the stages that
-take them as soon as the task that makes them has been started; JAX runs each task when all that it takes is there.
+One Python loop starts every task in the order in which a simulation of the schedule starts them; nothing waits. Arrays go to the stages
+that take them as soon as the task that makes them has been started; JAX runs each task when all that it takes is there.
 """
 
 from collections.abc import Sequence
@@ -398,8 +398,8 @@ class _Boxes:
     def put(self, way: Way, microbatch: int, sent: Sequence[Any]) -> None:
         """Send values on their way."""
         values = [sent[place] for place in way.places]
-        if way.shardings is not None:
-            values = jax.device_put(values, way.shardings)
+        if way.copy:
+            values = way.copy(values)
         box = self._boxes.setdefault((way.to, microbatch), [None] * self._sizes[way.to])
         for slot, value in zip(way.slots, values):
             box[slot] = value

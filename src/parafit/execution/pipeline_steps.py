@@ -1,6 +1,6 @@
 """What runs blocks of one shape on the stages of a pipeline: compiled tasks, their order, and the ways of values between stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,19 +8,19 @@ import jax
 import numpy as np
 
 from parafit.adapters.step import Step
-from parafit.execution.stage_programs import Compiler, RoundProgram, Slices, StageProgram, gradient_sharding, slices_of
+from parafit.execution.stage_programs import Compiler, RoundProgram, Slices, StageProgram, slices_of
 from parafit.placement import Placement
 from parafit.planner.layout import pieces
-from parafit.planner.plan import Plan
 from parafit.planner.program import Leaf
 from parafit.planner.schedules import make_forward_grid, make_grid
 from parafit.planner.schedules.grid import Grid, Task
 from parafit.planner.schedules.simulate import simulate
 from parafit.planner.schedules.times import TaskTimes
+from parafit.support import compat
 from parafit.techniques import planned_function
 from parafit.techniques.stages import Stages, cut
 from parafit.techniques.tasks import tasks_of
-from parafit.techniques.updates import Update, cut_update
+from parafit.techniques.updates import cut_update
 from parafit.techniques.whole import Whole, whole_step
 
 
@@ -32,13 +32,13 @@ class Way:
         to: the stage that takes them.
         places: which of what is sent.
         slots: which of what is taken, in the same order.
-        shardings: where they go, None where they lie there already.
+        copy: starts copying them, None where they lie there already.
     """
 
     to: int
     places: tuple[int, ...]
     slots: tuple[int, ...]
-    shardings: list[Any] | None
+    copy: Callable[[list[Any]], list[Any]] | None
 
 
 class Part:
@@ -111,10 +111,10 @@ class Part:
         """A way to another stage, of values that the earlier of the two sends."""
         placements = self.programs[stage].placement, self.programs[to].placement
         if placements[0] is placements[1]:
-            return Way(to=to, places=tuple(places), slots=tuple(slots), shardings=None)
+            return Way(to=to, places=tuple(places), slots=tuple(slots), copy=None)
         sent = self.stages.stages[min(stage, to)].closed.jaxpr.outvars
         shardings = [self.programs[to].activation(sent[value].aval) for value in values]
-        return Way(to=to, places=tuple(places), slots=tuple(slots), shardings=shardings)
+        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=compat.copier(shardings))
 
 
 class PipelineSteps:
@@ -181,7 +181,7 @@ class PipelineSteps:
 
     def _grid(self, count: int) -> Grid:
         """The schedule; a short batch may have fewer microbatches than interleaving takes, and gets a list schedule."""
-        words = {"devices": self.plan.axes["pipeline"], "microbatches": count, "interleave": self.plan.interleave}
+        words: dict[str, Any] = {"devices": self.plan.axes["pipeline"], "microbatches": count, "interleave": self.plan.interleave}
         if not self.trains:
             return make_forward_grid(**words)
         odd = self.plan.schedule == "interleaved" and count % self.plan.axes["pipeline"]

@@ -49,8 +49,8 @@ def slices_of(pieces: Sequence[Piece]) -> list[Slices]:
     """The microbatches of a batch, those of one size together."""
     found, first = [], 0
     for piece in pieces:
-        found.append(Slices(count=piece.count, rows=piece.rows, first=first))
-        first += piece.count * piece.rows
+        found.append(Slices(count=piece.count, rows=int(piece.rows), first=first))
+        first += piece.count * int(piece.rows)
     return found
 
 
@@ -154,8 +154,9 @@ class StageProgram:
 
     @cached_property
     def programs(self) -> dict[str, Any]:
-        """F: `(values, block, index) -> (sent, results, residuals)`. B: `(sums, values, block, index) -> (gradients of what is received,
-        new sums)`; where W is a task of its own it takes no sums, and what it leaves for W takes their place. W: as B, without the former."""
+        """F: `(values, block, index) -> (sent, results, residuals)`. B: `(sums, values, block, index) -> (gradients, sums)`; where W is a
+        task of its own, `(values, block, index) -> (gradients, what is left for W)`. W: `(sums, values, block, index) -> ((), sums)`.
+        """
         return {kind: compiling.result() for kind, compiling in self._compiling.items()}
 
     @cached_property
@@ -263,7 +264,7 @@ class StageProgram:
             return self.placement.computed(self.whole.leaves[self.stage.reads[place]], value)
         return value.sharding
 
-    def _batch_places(self) -> dict[int, int]:
+    def _batch_places(self) -> tuple[tuple[int, int], ...]:
         return tuple(
             (place, argument - self.whole.batch.start - 1) for place, argument in enumerate(self.stage.reads) if self._is_of_batch(place)
         )

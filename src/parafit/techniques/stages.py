@@ -7,9 +7,10 @@ each stage that needs it, and never sent. A value goes from the stage that makes
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
@@ -173,7 +174,7 @@ class _Flow:
         else:
             places = list(range(1, self.last_place + 1))
         bounds = [0, *places, len(self.moving)]
-        units = [self._unit(first, end) for first, end in zip(bounds, bounds[1:])]
+        units = [self._unit(first, end) for first, end in pairwise(bounds)]
         starts = [bounds[index] for index in balance(units, stages=count, limits=limits).starts]
         return starts + [len(self.moving)] * (stages - count)
 
@@ -181,7 +182,7 @@ class _Flow:
     def _gaps(self) -> list[int]:
         """Between two operations of the chain that cost much, the place where the fewest values pass, the last of such places."""
         costly = [place for place in range(len(self.moving)) if self._costs_much(place)]
-        gaps = (range(before + 1, min(after, self.last_place) + 1) for before, after in zip(costly, costly[1:]))
+        gaps = (range(before + 1, min(after, self.last_place) + 1) for before, after in pairwise(costly))
         return [min(gap, key=lambda place: (self._passing[place][0], -place)) for gap in gaps if gap]
 
     @cached_property
@@ -246,7 +247,7 @@ class _Assignment:
         self._inputs = {var: index for index, var in enumerate(self.whole.flat.inputs)}
         self.stage_of: dict[int, int] = {}
         bounds = [*starts, len(flow.moving)]
-        for stage, (first, end) in enumerate(zip(bounds, bounds[1:])):
+        for stage, (first, end) in enumerate(pairwise(bounds)):
             self.stage_of.update(dict.fromkeys(flow.moving[first:end], stage))
         self.owners = [
             self._stage_at(flow.first_use[weight]) if weight in flow.first_use else self.count - 1 for weight in range(self.whole.weights)

@@ -76,7 +76,8 @@ class _Cut:
         arguments = shapes_of((list(state.slots), list(state.weights), list(state.weights)))
         closed, (weights, slots) = jaxpr_of(step.parts.update, *arguments)
         self.flat, self.owners, self.slots = inlined(closed), list(owners), len(state.slots)
-        assert len(weights) == len(owners) and len(slots) == self.slots
+        assert len(weights) == len(owners)
+        assert len(slots) == self.slots
         self._inputs = set(self.flat.inputs)
         names = {leaf.name: owner for leaf, owner in zip(step.leaves[1].weights, owners)}
         self.kept_at = [names.get(leaf.like, _EVERYWHERE) if leaf.role == "slot" else _EVERYWHERE for leaf in step.leaves[1].slots]
@@ -109,7 +110,7 @@ class _Cut:
         if len(stages) > 1 and not single:
             raise PlanError(
                 f"this optimizer ties weights of several stages in one operation ({equation.primitive.name}), as loss scaling and "
-                "gradient_accumulation_steps do: a pipeline cannot cut its update. Use microbatches= in their place, or a plan without pipeline."
+                "gradient_accumulation_steps do: a pipeline cannot cut it. Use microbatches= in their place, or a plan without pipeline."
             )
         sums = single and not any(var in self._inputs for var in operands if self.at.get(var, _EVERYWHERE) >= 0)
         if len(stages) > 1 or (tied and (not stages or sums)):
@@ -134,7 +135,7 @@ class _Cut:
         last = {stage: max(order for order, at in groups if at == stage) for stage in stages}
         makers = {var: key for key, equations in groups.items() for equation in equations for var in equation.outvars}
         wanted = self._wanted(groups, makers)
-        numbers = {var: number for number, var in enumerate(self.flat.inputs)}
+        numbers: dict[Any, int] = {var: number for number, var in enumerate(self.flat.inputs)}
         everywhere = [var for var in self._new_slots if isinstance(var, Var) and self.at.get(var) == _EVERYWHERE and var not in numbers]
         for var in (*wanted, *everywhere):
             numbers.setdefault(var, len(numbers))

@@ -104,7 +104,7 @@ def _training(step: Step) -> Callable:
     parts = step.parts
     if parts is None:
         raise PlanError(
-            f"a pipeline takes Keras' own training step apart, but this model's class has its own {step.own!r}. Use a plan without pipeline."
+            f"a pipeline takes Keras' own training step apart, but this model's class has its own {step.own!r}. Leave pipeline out."
         )
     return _measured(parts)
 
