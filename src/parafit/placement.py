@@ -66,6 +66,11 @@ class Placement:
         )
 
     @cached_property
+    def is_here(self) -> bool:
+        """Whether its devices are this process's."""
+        return all(device.process_index == jax.process_index() for device in self.devices)
+
+    @cached_property
     def replicated(self) -> NamedSharding | None:
         """Whole on every device."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())

@@ -14,9 +14,9 @@ from parafit import backends
 from parafit.adapters.step import Adapter, State, Step, remembered
 from parafit.data.feed import Block
 from parafit.execution.compiled import Tally
-from parafit.execution.pipeline_steps import Part, PipelineSteps, PipelineUpdate, Way
+from parafit.execution.pipeline_steps import Part, PipelineSteps, PipelineUpdate, Way, carrier
 from parafit.execution.runner import Runner, unshared
-from parafit.execution.stage_programs import gradient_sharding
+from parafit.execution.stage_programs import gradient_of
 from parafit.placement import Placement
 
 
@@ -96,7 +96,7 @@ class PipelineRunner(Runner):
             self.recover()
         elif self._ahead:
             self.step.write(self.line.state())
-        first = jax.devices()[0]
+        first = jax.local_devices()[0]
         self.step.write(jax.tree.map(lambda array: array if array.devices() == {first} else jax.device_put(array, first), self.step.read()))
 
 
@@ -128,7 +128,10 @@ class Line:
         self.update: Any = None
         self.loaded = False
         self.kept: dict[tuple[int, int], list[Any]] = {}
+        self._several = jax.process_count() > 1
         self._homes: list[Any] = []
+        self._homes_at: list[int | None] = []
+        self._shapes: list[Any] = []
         self._leaves: list[Any] = []
         self._held: list[dict[int, Any]] = [{} for _ in self._places]
         self._slots: list[dict[int, Any]] = [{} for _ in self._places]
@@ -145,13 +148,14 @@ class Line:
             own, leaves = self._step.leaves
             self._leaves = [*(leaves.weights if trains else own), *leaves.others, *leaves.metrics]
             self._homes, self._slots_read, self._slot_leaves = [None] * len(homes), [None] * len(state.slots), leaves.slots
+            self._shapes, self._homes_at = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in homes], [None] * len(homes)
         for argument, array in enumerate(homes):
-            if array is not self._homes[argument]:
-                self._homes[argument] = array
+            if array is not self._homes[argument] or self._several:
+                self._homes[argument], self._homes_at[argument] = array, None
                 for held in self._held:
                     held.pop(argument, None)
         for slot, array in enumerate(state.slots):
-            if array is not self._slots_read[slot]:
+            if array is not self._slots_read[slot] or self._several:
                 self._slots_read[slot] = array
                 for slots in self._slots:
                     slots.pop(slot, None)
@@ -161,8 +165,43 @@ class Line:
         """The state, each array on a stage that has it."""
         weights = len(self._step.weights)
         others = len(self._homes) - weights - len(self._step.variables.metrics)
-        kept = self._homes[weights : weights + others], self._homes[weights + others :]
-        return State(self._homes[:weights] if self._step.name == "train" else [], kept[0], list(self._slots_read), kept[1])
+        homes, slots = self._homes, self._slots_read
+        if self._several:
+            homes = [self._everywhere(*each) for each in zip(homes, self._homes_at, self._shapes, self._leaves)]
+            at = [plan[0] for plan in self.update.update.homes] if self.update else []
+            shapes = [self.update.what(slot)[1] for slot in range(len(slots))]
+            slots = [self._everywhere(*each) for each in zip(slots, at, shapes, self._slot_leaves)]
+        return State(homes[:weights] if self._step.name == "train" else [], homes[weights : weights + others], list(slots), homes[weights + others :])
+
+    def _move(self, value: Any, source: int | None, target: int, shape: Any, leaf: Any) -> Any:
+        """An array brought from one device of the pipeline to another; None where that is another process's.
+
+        Args:
+            value: the array, None where it is another process's.
+            source: its device; None: every process has it.
+            target: the other.
+            shape: its shape.
+            leaf: what it is; None: whole on all devices of a stage.
+        """
+        places = [self._places[target if source is None else source], self._places[target]]
+        ends = [place.replicated if leaf is None else place.stored(leaf, shape) for place in places]
+        if source is None:
+            return jax.device_put(value, ends[1]) if places[1].is_here else None
+        if source == target:
+            return value
+        if not self._several:
+            return jax.device_put(value, ends[1])
+        carried = carrier([shape], [ends[0]], [ends[1]], *places)([value] if places[0].is_here else None)
+        return carried[0] if carried else None
+
+    def _everywhere(self, value: Any, source: int | None, shape: Any, leaf: Any) -> Any:
+        """An array that every process has."""
+        if source is None:
+            return value
+        own = self._places[source].devices[0].process_index
+        firsts = {place.devices[0].process_index: device for device, place in reversed(list(enumerate(self._places)))}
+        moved = [self._move(value, source, device, shape, leaf) for process, device in sorted(firsts.items()) if process != own]
+        return value if self._places[source].is_here else next(array for array in moved if array is not None)
 
     def run(self, steps: PipelineSteps, block: Block) -> list[Any]:
         """Start all tasks of a block; gives the outputs of each batch."""
@@ -175,9 +214,9 @@ class Line:
         """For each stage, the arrays of a block that it reads."""
         arrays = [steps.sliced(leaf, part.slices) for leaf in jax.tree.leaves(block.arrays)]
         return [
-            jax.device_put(
-                [arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves]
-            )
+            jax.device_put([arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves])
+            if program.placement.is_here
+            else []
             for program in part.programs
         ]
 
@@ -190,7 +229,7 @@ class Line:
             for result, value in self._run_forward(part, stage, batch, values, blocks[0][stage], batch, inboxes):
                 argument = part.whole.replaces.get(result)
                 if argument is None:
-                    told[batch][result] = value
+                    told[batch][result] = stage, value
                 else:
                     self._change(part, stage, argument, value, given[stage])
         return [self._outputs(part, results) for results in told]
@@ -213,7 +252,7 @@ class Line:
                 for result, value in self._run_forward(part, stage, microbatch, values, block, number, inboxes[own]):
                     argument = part.whole.replaces.get(result)
                     if argument is None:
-                        told[result] = value
+                        told[result] = stage, value
                     elif argument in part.stages.changing:
                         for each in steps.parts:
                             self._change(each, stage, argument, value, given[id(each)][stage])
@@ -228,11 +267,13 @@ class Line:
 
     def _run_forward(self, part: Part, stage: int, microbatch: int, values: list, block: list, number: int, inboxes: "_Boxes") -> list:
         program = part.programs[stage]
-        run = program.programs["F"]
-        sent, results, residuals = run([values[place] for place in program.takes["F"]], block, self._number(stage, number))
+        sent, results, residuals = None, [None] * len(program.stage.results), []
+        if program.placement.is_here:
+            run = program.programs["F"]
+            sent, results, residuals = run([values[place] for place in program.takes["F"]], block, self._number(stage, number))
         for way in part.forward[stage]:
             inboxes.put(way, microbatch, sent)
-        if program.tasks.backward:
+        if program.placement.is_here and program.tasks.backward:
             values += residuals
             self.kept[stage, microbatch] = [value if keep else None for value, keep in zip(values, program.keeps)]
         return list(zip(program.stage.results, results))
@@ -242,6 +283,11 @@ class Line:
     ) -> None:
         program = part.programs[stage]
         if not program.tasks.backward:
+            return
+        if not program.placement.is_here:
+            self._sums[stage % len(self._places)].update(dict.fromkeys(program.trained))
+            for way in part.backward[stage] if kind == "B" else ():
+                coming.put(way, microbatch, None)
             return
         values = self.kept[stage, microbatch]
         split = program.tasks.weights is not None
@@ -272,10 +318,10 @@ class Line:
     def _hold(self, device: int, argument: int) -> Any:
         held = self._held[device]
         if argument not in held:
-            array = self._homes[argument]
-            held[argument] = jax.device_put(array, self._places[device].stored(self._leaves[argument], array))
+            home = self._homes[argument], self._homes_at[argument]
+            held[argument] = self._move(*home, device, self._shapes[argument], self._leaves[argument])
             if self._is_owner(device, argument):
-                self._homes[argument] = held[argument]
+                self._homes[argument], self._homes_at[argument] = held[argument], device
         return held[argument]
 
     def _is_owner(self, device: int, argument: int) -> bool:
@@ -293,10 +339,18 @@ class Line:
         for held in self._held:
             held.pop(argument, None)
         for stage, value in values:
-            self._homes[argument] = self._held[stage % len(self._places)][argument] = value
+            self._homes_at[argument] = device = stage % len(self._places)
+            self._homes[argument] = self._held[device][argument] = value
 
     def _outputs(self, part: Part, results: dict[int, Any]) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(part.whole.outputs), [results[result] for result in part.whole.told])
+        shapes, structure = jax.tree.flatten(part.whole.outputs)
+        found = [results[result] for result in part.whole.told]
+        if self._several:
+            places = [stage % len(self._places) for stage, _ in found]
+            arrays = [self._everywhere(value, at, shape, None) for at, (_, value), shape in zip(places, found, shapes)]
+        else:
+            arrays = [value for _, value in found]
+        return jax.tree.unflatten(structure, arrays)
 
     def _number(self, stage: int, number: int) -> Any:
         """A number on a stage's devices."""
@@ -318,7 +372,7 @@ class Line:
         sums = self._sums[stage % len(self._places)]
         for weight, sharding in program.sums_at:
             if weight not in sums:
-                sums[weight] = jax.device_put(np.zeros(self._homes[weight].shape, self._homes[weight].dtype), sharding)
+                sums[weight] = jax.device_put(np.zeros(self._shapes[weight].shape, self._shapes[weight].dtype), sharding)
         return [sums[weight] for weight in program.trained]
 
     def _run_update(self) -> None:
@@ -333,45 +387,47 @@ class Line:
             values[owner][slots + weight] = self._sum(owner, weight)
             values[owner][slots + weights + weight] = self._hold(owner, weight)
         for number in plan.sends:
-            self._send_value(number, next((own[number] for own in values if number in own), None), values)
+            source = next((device for device, own in enumerate(values) if number in own), None)
+            self._send_value(number, source, values)
         for program in update.programs:
-            own = values[program.stage]
-            made, zeros = program.program([own[number] for number in program.given_away], [own[number] for number in program.kept])
+            own, made, zeros = values[program.stage], [None] * len(program.gives), [None] * len(program.zeroed)
+            if program.program:
+                made, zeros = program.program([own[number] for number in program.given_away], [own[number] for number in program.kept])
             own.update(zip(program.gives, made))
             self._sums[program.stage].update(zip((number - slots for number in program.zeroed), zeros))
-            for number, value in zip(program.gives, made):
-                self._send_value(number, value, values)
+            for number in program.gives:
+                self._send_value(number, program.stage, values)
         for weight, (number, owner) in enumerate(zip(plan.new_weights, update.owners)):
             self._homes[weight] = self._held[owner][weight] = values[owner][number]
+            self._homes_at[weight] = owner
             for device, held in enumerate(self._held):
                 if weight in held and device != owner:
-                    held[weight] = jax.device_put(
-                        values[owner][number], self._places[device].stored(self._leaves[weight], values[owner][number])
-                    )
+                    held[weight] = self._move(values[owner][number], owner, device, self._shapes[weight], self._leaves[weight])
         for slot, number in enumerate(plan.new_slots):
             for device in plan.homes[slot]:
                 self._slots[device][slot] = values[device][number]
             self._slots_read[slot] = self._slots[plan.homes[slot][0]][slot]
 
-    def _send_value(self, number: int, value: Any, values: list[dict[int, Any]]) -> None:
-        """Bring a value of an update, once there is one, to the devices that take it."""
-        for device in self.update.update.sends.get(number, ()) if value is not None else ():
-            values[device][number] = jax.device_put(value, self.update.sharding(number, device, value))
+    def _send_value(self, number: int, source: int | None, values: list[dict[int, Any]]) -> None:
+        """Bring a value of an update, once a device has it, to those that take it."""
+        if source is None:
+            return
+        leaf, shape = self.update.what(number)
+        for device in self.update.update.sends.get(number, ()):
+            values[device][number] = self._move(values[source][number], source, device, shape, leaf)
 
     def _slot(self, device: int, slot: int) -> Any:
         slots = self._slots[device]
         if slot not in slots:
-            array = self._slots_read[slot]
-            slots[slot] = jax.device_put(array, self._places[device].stored(self._slot_leaves[slot], array))
+            slots[slot] = self._move(self._slots_read[slot], None, device, self._slots_read[slot], self._slot_leaves[slot])
         return slots[slot]
 
     def _sum(self, device: int, weight: int) -> Any:
         """The gradient of a weight where it is kept; zero of one that nothing reads."""
         sums = self._sums[device]
         if weight not in sums:
-            array = self._homes[weight]
-            sharding = gradient_sharding(self._places[device], self._leaves[weight], array)
-            sums[weight] = jax.device_put(np.zeros(array.shape, array.dtype), sharding)
+            zeros = np.zeros(self._shapes[weight].shape, self._shapes[weight].dtype)
+            sums[weight] = self._move(zeros, None, device, zeros, gradient_of(self._leaves[weight]))
         return sums[weight]
 
     def _sum_tied(self) -> None:
@@ -379,9 +435,10 @@ class Line:
         for device, sums in enumerate(self._sums):
             for weight in [weight for weight in sums if self.update.owners[weight] != device]:
                 owner = self.update.owners[weight]
-                sharding = gradient_sharding(self._places[owner], self._leaves[weight], sums[weight])
-                self._sums[owner][weight] = _add(self._sum(owner, weight), jax.device_put(sums[weight], sharding))
-                sums[weight] = _zeros(sums[weight])
+                total = self._sum(owner, weight)
+                more = self._move(sums[weight], device, owner, self._shapes[weight], gradient_of(self._leaves[weight]))
+                self._sums[owner][weight] = None if total is None else _add(total, more)
+                sums[weight] = None if sums[weight] is None else _zeros(sums[weight])
 
 
 _add = jax.jit(lambda one, other: one + other, donate_argnums=0)
@@ -395,11 +452,13 @@ class _Boxes:
         self._sizes = [len(program.stage.received) for program in part.programs]
         self._boxes: dict[tuple[int, int], list[Any]] = {}
 
-    def put(self, way: Way, microbatch: int, sent: Sequence[Any]) -> None:
-        """Send values on their way."""
-        values = [sent[place] for place in way.places]
+    def put(self, way: Way, microbatch: int, sent: Sequence[Any] | None) -> None:
+        """Send values on their way; None where they are of another process."""
+        values = None if sent is None else [sent[place] for place in way.places]
         if way.copy:
             values = way.copy(values)
+        if values is None:
+            return
         box = self._boxes.setdefault((way.to, microbatch), [None] * self._sizes[way.to])
         for slot, value in zip(way.slots, values):
             box[slot] = value

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
 from parafit.adapters.step import Step
-from parafit.execution.stage_programs import Compiler, RoundProgram, Slices, StageProgram, slices_of
+from parafit.execution.stage_programs import Compiler, RoundProgram, Slices, StageProgram, gradient_of, slices_of
 from parafit.placement import Placement
 from parafit.planner.layout import pieces
 from parafit.planner.program import Leaf
@@ -112,9 +113,9 @@ class Part:
         placements = self.programs[stage].placement, self.programs[to].placement
         if placements[0] is placements[1]:
             return Way(to=to, places=tuple(places), slots=tuple(slots), copy=None)
-        sent = self.stages.stages[min(stage, to)].closed.jaxpr.outvars
-        shardings = [self.programs[to].activation(sent[value].aval) for value in values]
-        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=compat.copier(shardings))
+        sent = [self.stages.stages[min(stage, to)].closed.jaxpr.outvars[value].aval for value in values]
+        ends = [[program.activation(shape) for shape in sent] for program in (self.programs[stage], self.programs[to])]
+        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=carrier(sent, *ends, *placements))
 
 
 class PipelineSteps:
@@ -195,6 +196,30 @@ class PipelineSteps:
         return np.array(part).reshape((-1, slices.rows, *leaf.shape[2:]))
 
 
+def carrier(shapes: Sequence[Any], source: Sequence[Any], target: Sequence[Any], *places: Placement) -> Callable[[Any], Any]:
+    """A function that brings arrays from one place to another, of this process or not; both processes call it, one with None.
+
+    Args:
+        shapes: of the arrays.
+        source, target: how they lie there.
+        places: from which to which.
+    """
+    here, there = (place.is_here for place in places)
+    if here and there:
+        return compat.copier(list(target))
+    if not (here or there):
+        return lambda arrays: None
+
+    def carry(arrays: Any) -> Any:
+        if arrays is None:  # they are another process's, of which this one knows their shapes
+            pairs = zip(shapes, source)
+            arrays = [jax.make_array_from_single_device_arrays(shape.shape, at, [], dtype=shape.dtype) for shape, at in pairs]
+        arrived = jax.device_put(arrays, list(target))
+        return arrived if there else None
+
+    return carry
+
+
 def times_of(stages: Stages) -> TaskTimes:
     """About what the tasks of stages take."""
     seconds = tuple(stage.seconds for stage in stages.stages)
@@ -240,12 +265,15 @@ class PipelineUpdate:
             {number for number in own.takes if number < len(homes) and own.stage in homes[number]} - later - stays - set(self.update.sends)
         )
 
+    @cached_property
+    def _made(self) -> dict[int, Any]:
+        return {number: var.aval for each in self.update.rounds for number, var in zip(each.gives, each.closed.jaxpr.outvars)}
+
     def _at(self, device: int) -> Any:
         placement = self._placement.pipeline[device]
-        made = {number: var.aval for each in self.update.rounds for number, var in zip(each.gives, each.closed.jaxpr.outvars)}
 
         def at(number: int) -> Any:
-            leaf, shape = self._named(number, made)
+            leaf, shape = self.what(number)
             if leaf is None:
                 sharding = placement.replicated
             else:
@@ -261,7 +289,7 @@ class PipelineUpdate:
             return slots[number], self._state.slots[number]
         if number in self.gradients:
             weight = weights[number - self._slots]
-            return Leaf(name=f"{weight.name}/gradient", role="gradient", like=weight.name), self._state.weights[number - self._slots]
+            return gradient_of(weight), self._state.weights[number - self._slots]
         if number < self._slots + 2 * self._weights:
             return weights[number - self.gradients.stop], self._state.weights[number - self.gradients.stop]
         if number in self.update.new_weights:
@@ -270,8 +298,6 @@ class PipelineUpdate:
             return slots[self.update.new_slots.index(number)], made[number]
         return None, made[number]
 
-    def sharding(self, number: int, device: int, value: Any) -> Any:
-        """Where a value that a round gives lies on another device."""
-        leaf, _ = self._named(number, {number: value})
-        placement = self._placement.pipeline[device]
-        return placement.replicated if leaf is None else placement.stored(leaf, value)
+    def what(self, number: int) -> tuple[Leaf | None, Any]:
+        """What a value is, None of values in between, and its shape."""
+        return self._named(number, self._made)

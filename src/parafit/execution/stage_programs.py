@@ -162,7 +162,7 @@ class StageProgram:
     @cached_property
     def sums_at(self) -> list[tuple[int, Any]]:
         """The weights that have gradients, each with where these are summed."""
-        return [(weight, gradient_sharding(self.placement, self.whole.leaves[weight], self._shape_of(weight))) for weight in self.trained]
+        return [(weight, self.placement.stored(gradient_of(self.whole.leaves[weight]), self._shape_of(weight))) for weight in self.trained]
 
     @property
     def _results(self) -> list[Any]:
@@ -183,7 +183,9 @@ class StageProgram:
         return self.placement.batch(shape.shape) if of_rows else self.placement.replicated  # type: ignore[return-value]
 
     def lower_forward(self) -> None:
-        """Start compiling F."""
+        """Start compiling F; tasks of another process's stages are compiled there."""
+        if not self.placement.is_here:
+            return
         received = self.stage.closed.jaxpr.invars[len(self.stage.constants) + self.tasks.given :]
         outputs = [var.aval for var in self.stage.closed.jaxpr.outvars]
         sent, results = outputs[: len(self.stage.takers)], outputs[len(self.stage.takers) :]
@@ -196,7 +198,7 @@ class StageProgram:
     def lower_backward(self) -> None:
         """Start compiling B."""
         tasks = self.tasks
-        if tasks.backward is None:
+        if tasks.backward is None or not self.placement.is_here:
             return
         residuals = [var.aval for var in tasks.forward.closed.jaxpr.outvars[len(self._sent) + len(self.stage.results) :]]
         self._values += self._placed(residuals, "F", 2)
@@ -211,7 +213,7 @@ class StageProgram:
     def lower_weights(self) -> None:
         """Start compiling W."""
         tasks = self.tasks
-        if tasks.weights is None or tasks.backward is None or not tasks.trained:
+        if tasks.weights is None or tasks.backward is None or not tasks.trained or not self.placement.is_here:
             return
         if tasks.left:
             self._values += self._placed([var.aval for var in tasks.backward.closed.jaxpr.outvars[len(tasks.returns) :]], "B", 1)
@@ -315,9 +317,9 @@ def _summing(call: Callable, returned: int) -> Callable:
     return summed
 
 
-def gradient_sharding(placement: Placement, leaf: Leaf, shape: Any) -> Any:
-    """Where a weight's gradient is summed."""
-    return placement.stored(Leaf(name=f"{leaf.name}/gradient", role="gradient", like=leaf.name), shape)
+def gradient_of(weight: Leaf) -> Leaf:
+    """What a weight's gradient is."""
+    return Leaf(name=f"{weight.name}/gradient", role="gradient", like=weight.name)
 
 
 class RoundProgram:
@@ -340,12 +342,12 @@ class RoundProgram:
         self.kept = [number for number in round_.takes if number not in gives_away]
         self.zeroed = [number for number in self.given_away if number in gradients]
         self._compiler, self._round, self._placement, self._at = compiler, round_, placement, at
-        self._compiling: Future = self._start()
+        self._compiling: Future | None = self._start() if placement.is_here else None
 
     @cached_property
     def program(self) -> Any:
-        """The program."""
-        return self._compiling.result()
+        """The program, None of another process."""
+        return self._compiling and self._compiling.result()
 
     def _start(self) -> Future:
         several = self._placement.plan.device_count > 1
