@@ -26,7 +26,7 @@ from parafit.errors import ModelError, PlanError
 from parafit.execution import loop
 from parafit.execution.events import Console, Ended, JsonLines, Notice, Planned, emit, listening
 from parafit.execution.pace import Pace
-from parafit.execution.runner import Runner
+from parafit.execution.pipeline import runner_for
 from parafit.placement import Placement
 from parafit.planner.plan import Plan
 from parafit.planner.program import Program
@@ -150,9 +150,9 @@ def fit(
         table = resident_table(run.source, run.placement, flops=flops, epochs=epochs - initial_epoch)
         feed = Feed(run.source, strides=pace.strides, table=table)
         blocks = feed.foreseen()
-        runner = Runner(adapter, run.step, run.placement, blocks)
+        runner = runner_for(adapter, run.step, run.placement, blocks)
         price = None
-        if verbose and blocks:
+        if verbose and blocks and not run.placement.pipeline:
             steps = run.source.steps_per_epoch
             price = forecast.foresee(runner, blocks[0].arrays, run.program, steps=steps, epochs=epochs - initial_epoch)
         first_epoch = lambda: compat.restored_epoch(model) or initial_epoch  # noqa: E731
@@ -245,7 +245,7 @@ def predict(
         listed = callback_list(callbacks, model, verbose=verbose, epochs=1, steps=run.source.steps_per_epoch, history=False)
         pace = _pace(listed, "predict", model)
         feed = Feed(run.source, strides=pace.strides)
-        runner = Runner(adapter, run.step, run.placement, feed.foreseen())
+        runner = runner_for(adapter, run.step, run.placement, feed.foreseen())
         with backends.current().running():
             return loop.predict(runner, feed, listed, pace)
 
@@ -336,7 +336,7 @@ class _Validation:
 
 
 def _evaluate(adapter: Adapter, feed: Feed, callbacks, pace: Pace, placement: Placement) -> dict:
-    runner = Runner(adapter, adapter.test_step(), placement, feed.foreseen())
+    runner = runner_for(adapter, adapter.test_step(), placement, feed.foreseen())
     with backends.current().running():
         return loop.evaluate(runner, feed, callbacks, pace)
 

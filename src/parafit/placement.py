@@ -38,20 +38,37 @@ class Placement:
     Args:
         plan: the plan to run.
         layout: how parameters are split; empty: whole on every device.
+        devices: of the mesh; empty: JAX's first ones.
     """
 
     plan: Plan
     layout: Layout = field(default_factory=Layout)
+    devices: tuple[Any, ...] = ()
 
     @cached_property
     def mesh(self) -> Mesh | None:
         """The device mesh, None for one device."""
-        if self.plan.device_count == 1:
+        if self.plan.device_count == 1 and not self.devices:
             return None
-        axes = dict(part for axis in self.plan.axes for part in _mesh_parts(self.plan, axis))
+        axes = dict(part for axis in self.plan.axes or {"data": 1} for part in _mesh_parts(self.plan, axis))
         # Keras layers mix sharded and replicated arrays freely, which JAX's default, Explicit axes, refuses.
         automatic = (AxisType.Auto,) * len(axes)
-        return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic, devices=jax.devices()[: self.plan.device_count])
+        devices = self.devices or jax.devices()[: self.plan.device_count]
+        return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=automatic, devices=devices)
+
+    @cached_property
+    def pipeline(self) -> tuple["Placement", ...]:
+        """For each device of a pipeline, which may be several that share its stages, where these live; empty without a pipeline."""
+        count, inside = self.plan.axes.get("pipeline", 0), self.plan.inside
+        size = inside.device_count
+        return tuple(
+            Placement(inside, self.layout, devices=tuple(jax.devices()[device * size : (device + 1) * size])) for device in range(count)
+        )
+
+    @cached_property
+    def is_here(self) -> bool:
+        """Whether its devices are this process's."""
+        return all(device.process_index == jax.process_index() for device in self.devices)
 
     @cached_property
     def replicated(self) -> NamedSharding | None:
@@ -164,7 +181,7 @@ def _mesh_parts(plan: Plan, axis: str) -> list[tuple[str, int]]:
     """The axes of the mesh, with their sizes, that make up an axis of the plan: two where state is split inside groups of it."""
     if axis == GROUP:
         return [(GROUP, plan.store_group)]
-    size = plan.axes[axis]
+    size = plan.axes.get(axis, 1)
     if axis in plan.store.values() and 0 < plan.store_group < size:
         return [(axis, size // plan.store_group), (GROUP, plan.store_group)]
     return [(axis, size)]

@@ -13,6 +13,7 @@ from parafit.planner.machine.machine import Machine
 from parafit.planner.networks import named
 from parafit.planner.plan import AXES, Plan
 from parafit.planner.program import Program, Tensor
+from parafit.planner.schedules import make_grid
 from parafit.planner.search.search import search
 from parafit.planner.search.space import SAME_NUMBERS
 from parafit.support.arguments import check_arguments
@@ -21,8 +22,11 @@ if TYPE_CHECKING:  # imported where they are needed: planning for another machin
     from parafit.adapters.step import Step
     from parafit.placement import Placement
 
-RUNS = frozenset({"data", "tensor", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
+RUNS = frozenset({"data", "tensor", "pipeline", "interleave", "zero", "store_group", "microbatches", "recompute", "bfloat16"})
 """The techniques that this version runs; it prices others, and plans that have these are marked."""
+
+_ASKED_FOR = frozenset({"pipeline", "interleave"})
+"""What "auto" leaves to those who ask for it: where pipelines pay was not measured yet (decision 0018)."""
 
 WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
@@ -145,7 +149,7 @@ def _best_plan(step: "Step", program: Callable[[], Program], tell: Callable[[str
     if fits and machine.device_count == 1:
         return Plan()
     try:
-        ranking = search(traced, machine, allow=(RUNS & SAME_NUMBERS) - refused_techniques(step))
+        ranking = search(traced, machine, allow=(RUNS & SAME_NUMBERS) - _ASKED_FOR - refused_techniques(step))
     except PlanError as error:
         rest = "runs it on one device all the same, as far as its memory goes."
         raise PlanError.advising(str(error), python=f"plan='single' {rest}", command=f"--plan single {rest}") from error
@@ -186,6 +190,9 @@ def place(plan: Plan, step: "Step", program: Callable[[], Program]) -> "Placemen
     """
     from parafit.placement import Placement
 
+    if "pipeline" in plan.axes:
+        inside = place(plan.inside, step, program)
+        return Placement(replace(plan, compute={AXES["pipeline"]: "pipeline", **inside.plan.compute}), inside.layout)
     if plan.device_count == 1:
         return Placement(plan)
     if set(plan.compute) <= {AXES["data"]}:
@@ -218,12 +225,10 @@ def _check_runs(plan: Plan) -> None:
     """Refuse what this version does not run, and more devices than there are."""
     import jax
 
-    for name, value in (("pipeline", plan.axes.get("pipeline", 1)), ("interleave", plan.interleave)):
-        if value > 1 and name not in RUNS:
-            raise PlanError(
-                f"plan {plan.short()!r}: this version prices {name}={value} but does not run it. "
-                "Use data, tensor, zero=, microbatches=, recompute= or precision=."
-            )
+    if "pipeline" in plan.axes:
+        make_grid(plan.schedule, devices=plan.axes["pipeline"], microbatches=plan.microbatches, interleave=plan.interleave)
+    elif plan.interleave > 1:
+        raise PlanError(f"plan {plan.short()!r}: interleave={plan.interleave} is of pipelines, and the plan has none. Add pipeline=.")
     wanted, there = plan.device_count, jax.device_count()
     if wanted > there:
         raise PlanError.advising(

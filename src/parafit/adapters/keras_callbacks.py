@@ -71,7 +71,9 @@ def looks_at_weights(callbacks: keras.callbacks.CallbackList) -> bool:
 def looks_at_tests(callbacks: keras.callbacks.CallbackList) -> bool:
     """Whether a callback has a hook around validations."""
     hooks = ("on_test_begin", "on_test_end")
-    return any(hook in vars(each) or getattr(type(each), hook) is not getattr(Callback, hook) for each in callbacks.callbacks for hook in hooks)
+    return any(
+        hook in vars(each) or getattr(type(each), hook) is not getattr(Callback, hook) for each in callbacks.callbacks for hook in hooks
+    )
 
 
 def _stride(callback: Callback, hook: str, otherwise: int) -> int | None:

@@ -25,7 +25,7 @@ def resident_table(source: Source, placement: Placement, *, flops: Callable[[], 
         flops: gives the multiply-adds of a batch's forward pass.
         epochs: that will run.
     """
-    if source.arrays is None:
+    if source.arrays is None or placement.pipeline:
         return None
     backend, specs = backends.current(), source.row_specs(source.row_count)
     nbytes = sum(spec.nbytes for spec in jax.tree.leaves(specs))

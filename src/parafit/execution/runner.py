@@ -42,7 +42,15 @@ class Runner:
         self._found: dict[int, tuple[Any, Any]] = {}
         self._snapshot: Any = Snapshot() if step.stops_on_bad_loss else None
         for block in blocks:
-            compiled_steps(adapter.keeper, step, block.arrays, placement, seldom=block.seldom)
+            self.make(block.arrays, seldom=block.seldom)
+
+    def make(self, arrays: Any, *, seldom: bool = False) -> Any:
+        """The program for blocks of these arrays, which may still be compiling.
+
+        Args:
+            arrays, seldom: as in `find`.
+        """
+        return compiled_steps(self.adapter.keeper, self.step, arrays, self.placement, seldom=seldom)
 
     def find(self, arrays: Any, *, seldom: bool = False) -> CompiledSteps:
         """The compiled program for a block of these arrays.
@@ -55,7 +63,7 @@ class Runner:
         if known is arrays:  # buffers filled again
             return compiled
         started = time.perf_counter()
-        compiled = compiled_steps(self.adapter.keeper, self.step, arrays, self.placement, seldom=seldom)
+        compiled = self.make(arrays, seldom=seldom)
         emit(Compiling(steps=compiled.capacity))
         compiled.wait()  # so that compiling is not taken for running
         seconds = time.perf_counter() - started
@@ -92,7 +100,7 @@ class Runner:
         if self._snapshot:
             self._snapshot.update(held)
         if self._written is None or not same_state(held, self._written):
-            self._fixed, self._state = jax.tree.map(self.placement.put_state, self.step.leaves, (self.step.read_fixed(), _unshared(held)))
+            self._fixed, self._state = jax.tree.map(self.placement.put_state, self.step.leaves, (self.step.read_fixed(), unshared(held)))
         self._tally = None
 
     def run(self, block: Block) -> Any:
@@ -144,7 +152,7 @@ def _local_bytes(arrays: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(shares))
 
 
-def _unshared(state: State) -> State:
+def unshared(state: State) -> State:
     """The state with arrays that several variables hold copied, so that each can be donated (averaged weights share)."""
     seen: set[int] = set()
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,6 @@ from parafit.support.arguments import did_you_mean
 AXES = {"data": "batch", "tensor": "inner", "pipeline": "blocks"}
 """The mesh axes a plan may name, each with what a plan's text maps to it: the rows of the batch; "inner", which stands for
 the dims that `layout.resolve` finds once the model is known (hidden widths, heads, vocabulary); the sequence of blocks."""
-
-PRICED_ONLY = ("pipeline",)
-"""The axes that this version prices, and does not run."""
 
 STORED = ("slot", "gradient", "parameter")
 """What a `store` layout may split: ZeRO stage 1 splits the first, stage 2 the first two, stage 3 (FSDP) all three."""
@@ -115,6 +112,23 @@ class Plan:
     def device_count(self) -> int:
         """How many devices the plan runs on: the product of the axis sizes."""
         return math.prod(self.axes.values())
+
+    @property
+    def stages(self) -> int:
+        """How many stages a network is cut into: devices of the pipeline × chunks."""
+        return self.axes.get("pipeline", 1) * self.interleave
+
+    @property
+    def inside(self) -> "Plan":
+        """The plan of a stage of the pipeline: the other axes, with microbatches one after the other.
+
+        >>> Plan.parse("pipeline=4,data=2,microbatches=8").inside.short()
+        'data=2,microbatches=8'
+        """
+        axes = {axis: size for axis, size in self.axes.items() if axis != "pipeline"}
+        compute = {dim: axis for dim, axis in self.compute.items() if axis != "pipeline"}
+        idle = {choice.name: choice.default for choice in fields(self) if choice.name in ("interleave", "schedule")}
+        return replace(self, axes=axes, compute=compute, **idle)
 
     @property
     def zero_stage(self) -> int:
@@ -268,8 +282,7 @@ def _check_choices(plan: Plan) -> None:
 
 
 def _unknown(axis: str, known: Iterable[str]) -> str:
-    run, priced = (_names(name for name in AXES if (name in PRICED_ONLY) == only) for only in (False, True))
-    return f"unknown axis {axis!r}: this version runs the axes {run}, and only prices {priced}.{did_you_mean(axis, known)}"
+    return f"unknown axis {axis!r}: a plan's axes are {_names(AXES)}.{did_you_mean(axis, known)}"
 
 
 def _size(text: str, axis: str, size: str) -> int:
