@@ -111,7 +111,9 @@ class KerasModel:
         """Let the optimizer use another number; see `parafit.adapters.step.Adapter`."""
         optimizer = self.model.optimizer
         inner = getattr(optimizer, "inner_optimizer", optimizer)
-        if not isinstance(getattr(inner, name, None) if name != "learning_rate" else 0.0, (int, float, type(None))) or not hasattr(inner, name):
+        if not isinstance(getattr(inner, name, None) if name != "learning_rate" else 0.0, (int, float, type(None))) or not hasattr(
+            inner, name
+        ):
             raise ModelError(f"optimizer {inner.name!r} of model {self.model.name!r} has no number called {name!r}.")
         try:
             setattr(inner, name, value)

@@ -110,7 +110,9 @@ def seeds_of(seeds: Any, count: int) -> list[int]:
         return [int(seed) for seed in np.random.randint(0, 2**31 - 1, count)]
     for seed in seeds:
         if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise DataError(f"seeds holds {seed!r}: expected whole numbers from 0 to {2**32 - 1}, as keras.utils.set_random_seed takes them.")
+            raise DataError(
+                f"seeds holds {seed!r}: expected whole numbers from 0 to {2**32 - 1}, as keras.utils.set_random_seed takes them."
+            )
     return [int(seed) for seed in seeds]
 
 

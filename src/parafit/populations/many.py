@@ -110,7 +110,8 @@ def fit_many(
     )
     options = {"batch_size": batch_size, "validation_batch_size": validation_batch_size, "shuffle": shuffle}
     epochs = compat.limited_epochs(epochs)
-    with listening(Console()) if verbose else nullcontext():
+    drawn, made = arguments.seeds_of(seeds, count), arguments.callbacks_of(callbacks, count)
+    with listening(Console()) if verbose else nullcontext(), compat.random_states():
         members = [
             Member(
                 number,
@@ -120,9 +121,7 @@ def fit_many(
                 listed,
                 data.order(number, epochs=epochs, validation_freq=validation_freq, **options),
             )
-            for number, (seed, listed) in enumerate(
-                zip(arguments.seeds_of(seeds, count), arguments.callbacks_of(callbacks, count), strict=True)
-            )
+            for number, (seed, listed) in enumerate(zip(drawn, made, strict=True))
         ]
         _check_apart(members)
         if data.splits:
@@ -203,7 +202,8 @@ def _train_alone(member: Member, options: dict) -> None:
     rows = order.train(1)
     x, y, sample_weight = compat.unpack(rows.taken())
     validation = None if order.validation is None else order.validation.taken()
-    with member.random(), warnings.catch_warnings():
+    member.random.enter()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="parafit leaves this run to Keras")  # it was told
         try:
             api.fit(
