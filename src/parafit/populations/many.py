@@ -17,8 +17,8 @@ from parafit.planner.plan import Plan
 from parafit.planning import this_machine
 from parafit.populations import arguments
 from parafit.populations.members import Member, Order
-from parafit.populations.rows import Rows, Table
 from parafit.populations.room import room
+from parafit.populations.rows import Rows, Table
 from parafit.populations.training import train_together
 from parafit.support import compat
 from parafit.support.arguments import check_arguments
@@ -93,7 +93,7 @@ def fit_many(
         **{"class_weight": class_weight, "validation_batch_size": validation_batch_size, "validation_freq": validation_freq},
     )
     arguments.check_plan(plan)
-    given = arguments.models_of(models)
+    given: Any = arguments.models_of(models)
     arguments.check_n(n, given)
     arguments.check_callbacks(callbacks)
     settings = arguments.settings_of(learning_rates)
@@ -101,11 +101,11 @@ def fit_many(
     inputs.check_lengths(x, y, sample_weight)
     data = _Data(x, y, sample_weight, class_weight, folds=folds, split=validation_split, validation_data=validation_data)
     count = arguments.count_members(
-        models=given and len(given),
+        models=arguments.length(given),
         n=n,
         seeds=arguments.length(seeds),
         **{name: len(values) for name, values in settings.items()},
-        folds=data.splits and len(data.splits),
+        folds=arguments.length(data.splits),
         callbacks=arguments.length(callbacks),
     )
     options = {"batch_size": batch_size, "validation_batch_size": validation_batch_size, "shuffle": shuffle}

@@ -90,6 +90,11 @@ class Member:
             test = None if order.validation is None else traced_step(self.test_step, order.validation.shapes(), self._config)
             return Traces(train=traced_step(self.step, self.source.shapes(), self._config), test=test)
 
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        """Of the logs of a validation."""
+        return self.traces.test.names if self.traces.test else ()
+
     def variables(self) -> list:
         """What training changes of it; empty where it trains alone."""
         return [] if self.why_alone else [getattr(each, "variable", each) for group in self.step.variables for each in group]

@@ -64,7 +64,7 @@ class _Group:
         self.guarded = lead.traces.train.guard is not None
         self.test: Any = None
         if lead.traces.test is not None:
-            rows = lead.order.validation
+            rows: Any = lead.order.validation
             longest = max(len(member.validation_batches) for member in members)
             shared = all(member.order.validation is rows for member in members)
             self.test = Lockstep(lead.test_step, lead.traces.test, rows.table, longest=longest, shared=shared)
@@ -191,7 +191,7 @@ class _Strand:
         tested = {}
         for lane, member in self._live():
             if lane in lanes:
-                found = compat.log_values(dict(zip(member.traces.test.names, (log[lane] for log in logs))))
+                found = compat.log_values(dict(zip(member.test_names, (log[lane] for log in logs))))
                 tested[lane] = {f"val_{name}": value for name, value in found.items()}
                 if member.watches_tests:
                     self._tell(lane, member, lambda found=found, member=member: member.callbacks.on_test_end(found))
