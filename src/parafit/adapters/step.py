@@ -178,6 +178,10 @@ class Adapter(Protocol):
     def set_hyperparameter(self, name: str, value: float) -> None:
         """Let the optimizer use another number, such as "learning_rate".
 
+        Args:
+            name: of the number.
+            value: to use.
+
         Raises:
             ModelError: it has none of this name, or none that can be set.
         """

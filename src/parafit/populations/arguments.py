@@ -206,8 +206,8 @@ def _pairs(folds: Any) -> list:
         found = []
     if not found or any(len(pair) != 2 for pair in found):
         raise DataError(
-            f"folds={folds!r:.80}: expected a scikit-learn splitter such as sklearn.model_selection.KFold(5), a number of folds, or pairs of "
-            "arrays: the rows to train on, and those to validate on."
+            f"folds={folds!r:.80}: expected a scikit-learn splitter such as sklearn.model_selection.KFold(5), a number of folds, or pairs "
+            "of arrays: the rows to train on, and those to validate on."
         )
     return found
 
