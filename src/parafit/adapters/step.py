@@ -29,7 +29,11 @@ class State(NamedTuple):
 
 
 def same_state(state: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> bool:
-    """Whether groups hold the very same arrays."""
+    """Whether groups hold the very same arrays.
+
+    Args:
+        state, other: groups of arrays, in the same order.
+    """
     return all(ours is theirs for group, others in zip(state, other) for ours, theirs in zip(group, others))
 
 

@@ -1,4 +1,11 @@
-"""What `fit_many` is asked for: how many members, and what each is given. Refused before any work where it does not fit together."""
+"""What `fit_many` is asked for: how many members, and what each is given. Refused before any work where it does not fit together.
+
+Args:
+    n, models, seeds, callbacks: as in `fit_many`.
+    count: how many members there are.
+    build: the function that makes a model.
+    seed: of one member.
+"""
 
 import inspect
 import math

@@ -120,7 +120,11 @@ class Lockstep:
         return np.asarray(tally.done), np.asarray(tally.healthy), [np.asarray(log) for log in tally.logs]
 
     def evaluate(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> list[np.ndarray]:
-        """`run` at one go; gives the last logs."""
+        """`run` at one go; gives the last logs.
+
+        Args:
+            prepared, fixed, state, take: as in `run`.
+        """
         running = self.run(prepared, fixed, state, take)
         while True:
             try:
@@ -129,7 +133,11 @@ class Lockstep:
                 return end.value[2]
 
     def predict(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> Any:
-        """The outputs of all lanes, which take the same batches: host arrays of shape (lanes, rows, ...)."""
+        """The outputs of all lanes, which take the same batches: host arrays of shape (lanes, rows, ...).
+
+        Args:
+            prepared, fixed, state, take: as in `run`.
+        """
         found = []
         for part in prepared:
             self._wait(part.compiled)
