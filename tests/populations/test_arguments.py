@@ -95,7 +95,7 @@ def test_a_build_function_that_its_seed_does_not_decide():
         with pytest.raises(ModelError, match="two different models for the same seed"):
             parafit.fit_many(make, X, Y, n=2, verbose=0)
     model = build()
-    with pytest.raises(ModelError, match="twice|share the variable"):
+    with pytest.raises(ModelError, match=r"twice|share the variable"):
         parafit.fit_many(lambda: model, X, Y, n=1, verbose=0)
 
 
@@ -123,5 +123,5 @@ def test_numbers_that_an_optimizer_does_not_have():
         model.compile(keras.optimizers.SGD(schedule), "sparse_categorical_crossentropy")
         return model
 
-    with pytest.raises(ModelError, match="learning_rate=0.1 cannot be given"):
+    with pytest.raises(ModelError, match=r"learning_rate=0\.1 cannot be given"):
         parafit.fit_many(scheduled, X, Y, learning_rates=[0.1], verbose=0)

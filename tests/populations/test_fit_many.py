@@ -118,9 +118,7 @@ def test_outputs_that_keras_names_are_stacked_all_the_same(told):
 
     x, _ = data()
     histories = parafit.fit_many(build, x, [x[:, :1], x[:, 1:3]], seeds=list(range(6)), verbose=0)
-    assert [words for words in told if "train together" in words] == [
-        "parafit: 6 of 6 members train together (members 0, 1, 2, 3, 4, 5)"
-    ]
+    assert [words for words in told if "train together" in words] == ["parafit: 6 of 6 members train together (members 0, 1, 2, 3, 4, 5)"]
     for history in histories:
         keras.utils.set_random_seed(history.seed)
         alone = build()
@@ -236,7 +234,10 @@ def test_members_that_stop_make_room_for_those_that_wait_and_the_stack_gets_smal
     "callbacks",
     [
         lambda number: [kc.EarlyStopping("val_loss", patience=0, min_delta=0.05 * number, restore_best_weights=True)],
-        lambda number: [kc.EarlyStopping("loss", patience=0, min_delta=0.05 * number), kc.ReduceLROnPlateau("loss", patience=0, min_delta=9)],
+        lambda number: [
+            kc.EarlyStopping("loss", patience=0, min_delta=0.05 * number),
+            kc.ReduceLROnPlateau("loss", patience=0, min_delta=9),
+        ],
         lambda number: [kc.LearningRateScheduler(lambda epoch, rate: rate / (epoch + 1 + number)), kc.TerminateOnNaN()],
     ],
 )

@@ -204,7 +204,12 @@ class FlaxModel:
         """Nothing but tracing tells modules, losses and transformations apart."""
 
     def set_hyperparameter(self, name: str, value: float) -> None:
-        """Let the optimizer use another number; see `parafit.adapters.step.Adapter`."""
+        """Let the optimizer use another number; see `parafit.adapters.step.Adapter`.
+
+        Args:
+            name: of the number.
+            value: to use.
+        """
         held = [each for each in self._slots.variables if each.path.endswith(f"hyperparams/{name}")]
         if not held:
             raise ModelError(

@@ -108,7 +108,12 @@ class KerasModel:
         return compat.plain_config(self.model)
 
     def set_hyperparameter(self, name: str, value: float) -> None:
-        """Let the optimizer use another number; see `parafit.adapters.step.Adapter`."""
+        """Let the optimizer use another number; see `parafit.adapters.step.Adapter`.
+
+        Args:
+            name: of the number.
+            value: to use.
+        """
         optimizer = self.model.optimizer
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if not isinstance(getattr(inner, name, None) if name != "learning_rate" else 0.0, (int, float, type(None))) or not hasattr(

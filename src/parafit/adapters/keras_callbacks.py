@@ -68,6 +68,15 @@ def looks_at_weights(callbacks: keras.callbacks.CallbackList) -> bool:
     return any(type(each) not in quiet and not stops(each) for each in callbacks.callbacks)
 
 
+def are_of_users(callbacks: keras.callbacks.CallbackList) -> bool:
+    """Whether a callback is not one of Keras' own, and may look at whatever it likes."""
+    return any(not type(each).__module__.startswith("keras.") or vars(each).keys() & _FREE for each in callbacks.callbacks)
+
+
+_FREE = {"on_epoch_begin", "on_epoch_end", "on_train_begin", "on_train_end"}
+"""Hooks that LambdaCallback sets on the instance."""
+
+
 def looks_at_tests(callbacks: keras.callbacks.CallbackList) -> bool:
     """Whether a callback has a hook around validations."""
     hooks = ("on_test_begin", "on_test_end")

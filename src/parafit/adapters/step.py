@@ -29,7 +29,11 @@ class State(NamedTuple):
 
 
 def same_state(state: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> bool:
-    """Whether groups hold the very same arrays."""
+    """Whether groups hold the very same arrays.
+
+    Args:
+        state, other: groups of arrays, in the same order.
+    """
     return all(ours is theirs for group, others in zip(state, other) for ours, theirs in zip(group, others))
 
 
@@ -179,6 +183,10 @@ class Adapter(Protocol):
 
     def set_hyperparameter(self, name: str, value: float) -> None:
         """Let the optimizer use another number, such as "learning_rate".
+
+        Args:
+            name: of the number.
+            value: to use.
 
         Raises:
             ModelError: it has none of this name, or none that can be set.

@@ -36,7 +36,7 @@ class Source:
         *,
         batch_size=None,
         steps_per_epoch=None,
-        shuffle=False,
+        shuffle: bool | str = False,
         class_weight=None,
         steps_per_execution: int = 1,
     ):

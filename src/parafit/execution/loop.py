@@ -178,6 +178,14 @@ def _rows(steps: int, outputs: Any) -> Any:
 
 
 def bad_loss(epoch: int, step: int, loss: float, seconds: float, found: str) -> NonFiniteLossError:
+    """The error of a loss that is not finite.
+
+    Args:
+        epoch, step: where it was, from 0.
+        loss: its value.
+        seconds: age of the state that the model holds.
+        found: what is known of the cause, in words; "" where nothing is.
+    """
     causes = found or (
         "Often the learning rate is too high, or a logarithm or division meets zero: lower it, scale the data, or clip gradients."
     )

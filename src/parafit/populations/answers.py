@@ -48,7 +48,9 @@ def evaluate_many(
     given = arguments.list_of(models)
     options = {"batch_size": batch_size, "sample_weight": sample_weight, "verbose": 0, "return_dict": return_dict}
     found = _answers("evaluate", given, (x, y, sample_weight), batch_size)
-    return [api.evaluate(model, x, y, **options) if logs is None else _scores(model, logs, return_dict) for model, logs in zip(given, found)]
+    return [
+        api.evaluate(model, x, y, **options) if logs is None else _scores(model, logs, return_dict) for model, logs in zip(given, found)
+    ]
 
 
 def predict_many(models, x, *, batch_size: int | None = None, verbose: str | int = "auto") -> Any:
@@ -73,9 +75,7 @@ def predict_many(models, x, *, batch_size: int | None = None, verbose: str | int
     check_arguments(batch_size=batch_size, verbose=verbose)
     given = arguments.list_of(models)
     found = _answers("predict", given, (x,), batch_size)
-    outputs = [
-        api.predict(model, x, batch_size=batch_size, verbose=0) if answer is None else answer for model, answer in zip(given, found)
-    ]
+    outputs = [api.predict(model, x, batch_size=batch_size, verbose=0) if answer is None else answer for model, answer in zip(given, found)]
     alike = {(jax.tree.structure(each), tuple(leaf.shape for leaf in jax.tree.leaves(each))) for each in outputs}
     return jax.tree.map(lambda *arrays: np.stack(arrays), *outputs) if len(alike) == 1 else outputs
 

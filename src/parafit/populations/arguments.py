@@ -1,6 +1,14 @@
-"""What `fit_many` is asked for: how many members, and what each is given. Refused before any work where it does not fit together."""
+"""What `fit_many` is asked for: how many members, and what each is given. Refused before any work where it does not fit together.
+
+Args:
+    n, models, seeds, callbacks: as in `fit_many`.
+    count: how many members there are.
+    build: the function that makes a model.
+    seed: of one member.
+"""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -79,10 +87,14 @@ def check_n(n: Any, models: list | None) -> None:
     """Refuse a number of members that is none, or that a list of models has already told."""
     if n is None:
         return
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+    if not _is_whole(n) or n < 1:
         raise DataError(f"n={n!r}: expected a whole number of at least 1, or None where other arguments say how many.")
     if models is not None and n != len(models):
         raise DataError(f"n={n} is for a function that makes models, but {len(models)} models were passed. Leave n out.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_plan(plan: Any) -> None:
@@ -98,10 +110,14 @@ def settings_of(learning_rates: Any) -> dict[str, list[float]]:
     settings = {}
     for name, values in named.items():
         values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else None
-        if values is None or not all(isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value) for value in values):
+        if values is None or not all(map(_is_finite, values)):
             raise DataError(f"{name}: expected a list of finite numbers, one a member, got {named[name]!r:.80}.")
         settings[name] = [float(value) for value in values]
     return settings
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def seeds_of(seeds: Any, count: int) -> list[int]:
@@ -109,8 +125,10 @@ def seeds_of(seeds: Any, count: int) -> list[int]:
     if seeds is None:
         return [int(seed) for seed in np.random.randint(0, 2**31 - 1, count)]
     for seed in seeds:
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise DataError(f"seeds holds {seed!r}: expected whole numbers from 0 to {2**32 - 1}, as keras.utils.set_random_seed takes them.")
+        if not _is_whole(seed) or not 0 <= seed < 2**32:
+            raise DataError(
+                f"seeds holds {seed!r}: expected whole numbers from 0 to {2**32 - 1}, as keras.utils.set_random_seed takes them."
+            )
     return [int(seed) for seed in seeds]
 
 
@@ -175,7 +193,7 @@ def splits_of(folds: Any, y: Any, rows: int) -> list[tuple[np.ndarray, np.ndarra
     if labels is None and getattr(y, "ndim", 0) == 2 and np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all():
         labels = y.argmax(axis=1)  # one-hot
     labels = None if labels is None else np.asarray(labels).reshape(-1)
-    if isinstance(folds, Integral) or hasattr(folds, "split"):
+    if _is_whole(folds) or hasattr(folds, "split"):
         from sklearn.model_selection import check_cv
 
         classes = labels is not None and labels.dtype.kind in "biu"
@@ -195,8 +213,8 @@ def _pairs(folds: Any) -> list:
         found = []
     if not found or any(len(pair) != 2 for pair in found):
         raise DataError(
-            f"folds={folds!r:.80}: expected a scikit-learn splitter such as sklearn.model_selection.KFold(5), a number of folds, or pairs of "
-            "arrays: the rows to train on, and those to validate on."
+            f"folds={folds!r:.80}: expected a scikit-learn splitter such as sklearn.model_selection.KFold(5), a number of folds, or pairs "
+            "of arrays: the rows to train on, and those to validate on."
         )
     return found
 

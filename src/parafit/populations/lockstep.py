@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -46,12 +46,20 @@ class Lockstep:
         seconds_compiling: time spent so far on tracing and waiting for the compiler.
     """
 
+    _seconds: ClassVar[dict[str, float]] = {}
+    _made: ClassVar[set[tuple[str, int]]] = set()
+
     def __init__(self, step: Step, traced: TracedStep, table: Table, *, longest: int, shared: bool = False):
         self._step, self._traced, self._table = step, traced, table
         self._longest, self._shared = longest, shared
         self._pace = Pace()
         self._known: set[int] = set()
         self.seconds_compiling = 0.0
+
+    def seconds_to_make(self, lanes: int) -> float:
+        """What programs for another number of lanes will take to compile, by what those before took; 0 where they were made before."""
+        digest = self._traced.digest
+        return 0.0 if (digest, lanes) in self._made else self._seconds.get(digest, 0.0)
 
     def prepare(self, batches: Sequence[Batches | None]) -> list[Part]:
         """Batches in runs of one size; the programs for them are compiled side by side.
@@ -61,8 +69,14 @@ class Lockstep:
         """
         started = time.perf_counter()
         prepared = [self._part(size, parts, batches) for size, parts in in_runs([each or [] for each in batches])]
-        self.seconds_compiling += time.perf_counter() - started
+        self._spend(time.perf_counter() - started)
+        self._made.add((self._traced.digest, len(batches)))
         return prepared
+
+    def _spend(self, seconds: float) -> None:
+        self.seconds_compiling += seconds
+        digest = self._traced.digest
+        self._seconds[digest] = max(self._seconds.get(digest, 0.0), self.seconds_compiling)
 
     def _part(self, size: int, parts: list[Batches], batches: Sequence[Batches | None]) -> Part:
         counts = {len(part) for part, given in zip(parts, batches) if given is not None}
@@ -106,7 +120,11 @@ class Lockstep:
         return np.asarray(tally.done), np.asarray(tally.healthy), [np.asarray(log) for log in tally.logs]
 
     def evaluate(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> list[np.ndarray]:
-        """`run` at one go; gives the last logs."""
+        """`run` at one go; gives the last logs.
+
+        Args:
+            prepared, fixed, state, take: as in `run`.
+        """
         running = self.run(prepared, fixed, state, take)
         while True:
             try:
@@ -115,7 +133,11 @@ class Lockstep:
                 return end.value[2]
 
     def predict(self, prepared: Sequence[Part], fixed: Any, state: Any, take: Callable[[Any], None]) -> Any:
-        """The outputs of all lanes, which take the same batches: host arrays of shape (lanes, rows, ...)."""
+        """The outputs of all lanes, which take the same batches: host arrays of shape (lanes, rows, ...).
+
+        Args:
+            prepared, fixed, state, take: as in `run`.
+        """
         found = []
         for part in prepared:
             self._wait(part.compiled)
@@ -134,7 +156,7 @@ class Lockstep:
             compiled.wait()
             seconds = time.perf_counter() - started
             emit(Compiled(steps=compiled.capacity, seconds=seconds))
-            self.seconds_compiling += seconds
+            self._spend(seconds)
             self._known.add(id(compiled))
 
 

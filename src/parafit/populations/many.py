@@ -17,8 +17,8 @@ from parafit.planner.plan import Plan
 from parafit.planning import this_machine
 from parafit.populations import arguments
 from parafit.populations.members import Member, Order
-from parafit.populations.rows import Rows, Table
 from parafit.populations.room import room
+from parafit.populations.rows import Rows, Table
 from parafit.populations.training import train_together
 from parafit.support import compat
 from parafit.support.arguments import check_arguments
@@ -93,7 +93,7 @@ def fit_many(
         **{"class_weight": class_weight, "validation_batch_size": validation_batch_size, "validation_freq": validation_freq},
     )
     arguments.check_plan(plan)
-    given = arguments.models_of(models)
+    given: Any = arguments.models_of(models)
     arguments.check_n(n, given)
     arguments.check_callbacks(callbacks)
     settings = arguments.settings_of(learning_rates)
@@ -101,16 +101,17 @@ def fit_many(
     inputs.check_lengths(x, y, sample_weight)
     data = _Data(x, y, sample_weight, class_weight, folds=folds, split=validation_split, validation_data=validation_data)
     count = arguments.count_members(
-        models=given and len(given),
+        models=arguments.length(given),
         n=n,
         seeds=arguments.length(seeds),
         **{name: len(values) for name, values in settings.items()},
-        folds=data.splits and len(data.splits),
+        folds=arguments.length(data.splits),
         callbacks=arguments.length(callbacks),
     )
     options = {"batch_size": batch_size, "validation_batch_size": validation_batch_size, "shuffle": shuffle}
     epochs = compat.limited_epochs(epochs)
-    with listening(Console()) if verbose else nullcontext():
+    drawn, made = arguments.seeds_of(seeds, count), arguments.callbacks_of(callbacks, count)
+    with listening(Console()) if verbose else nullcontext(), compat.random_states():
         members = [
             Member(
                 number,
@@ -120,9 +121,7 @@ def fit_many(
                 listed,
                 data.order(number, epochs=epochs, validation_freq=validation_freq, **options),
             )
-            for number, (seed, listed) in enumerate(
-                zip(arguments.seeds_of(seeds, count), arguments.callbacks_of(callbacks, count), strict=True)
-            )
+            for number, (seed, listed) in enumerate(zip(drawn, made, strict=True))
         ]
         _check_apart(members)
         if data.splits:
@@ -203,7 +202,8 @@ def _train_alone(member: Member, options: dict) -> None:
     rows = order.train(1)
     x, y, sample_weight = compat.unpack(rows.taken())
     validation = None if order.validation is None else order.validation.taken()
-    with member.random(), warnings.catch_warnings():
+    member.random.enter()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="parafit leaves this run to Keras")  # it was told
         try:
             api.fit(

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from parafit.adapters import adapter_of, checks
-from parafit.adapters.keras_callbacks import batch_hooks, callback_list, looks_at_tests, looks_at_weights
+from parafit.adapters.keras_callbacks import are_of_users, batch_hooks, callback_list, looks_at_tests, looks_at_weights
 from parafit.adapters.step import State, same_state
 from parafit.execution.loop import bad_loss
 from parafit.populations.rows import Batches, Rows
@@ -52,15 +52,15 @@ class Member:
         self.random = compat.RandomState(seed)
         self.user_callbacks = callbacks
         self.error: Exception | None = None
-        with self.random():
-            self.given = make()
-            self.adapter = adapter_of(self.given, "fit")
-            self.model = self.adapter.model
-            for name, value in settings.items():
-                self.adapter.set_hyperparameter(name, value)
-            self.why_alone = self.adapter.why_stepwise() or ""
-            if not self.why_alone:
-                self._prepare()
+        self.random.enter()
+        self.given = make()
+        self.adapter = adapter_of(self.given, "fit")
+        self.model = self.adapter.model
+        for name, value in settings.items():
+            self.adapter.set_hyperparameter(name, value)
+        self.why_alone = self.adapter.why_stepwise() or ""
+        if not self.why_alone:
+            self._prepare()
 
     def _prepare(self) -> None:
         order, adapter = self.order, self.adapter
@@ -75,6 +75,7 @@ class Member:
             self.test_step = adapter.test_step()
         self._config = adapter.config()
         self.watches = looks_at_weights(self.callbacks)
+        self._user_watches = are_of_users(self.callbacks)
         self.watches_tests = looks_at_tests(self.callbacks)
         self._shown: Any = None
 
@@ -89,6 +90,11 @@ class Member:
             test = None if order.validation is None else traced_step(self.test_step, order.validation.shapes(), self._config)
             return Traces(train=traced_step(self.step, self.source.shapes(), self._config), test=test)
 
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        """Of the logs of a validation."""
+        return self.traces.test.names if self.traces.test else ()
+
     def variables(self) -> list:
         """What training changes of it; empty where it trains alone."""
         return [] if self.why_alone else [getattr(each, "variable", each) for group in self.step.variables for each in group]
@@ -99,10 +105,10 @@ class Member:
         """What comes before the first epoch; gives whether there is one."""
         self.model.stop_training = False
         self.logs: dict = {}
-        with self.random():
-            self.source.restart()
-            self.callbacks.on_train_begin()
-            self.epoch = compat.restored_epoch(self.model) or 0
+        self.random.enter()
+        self.source.restart()
+        self.callbacks.on_train_begin()
+        self.epoch = compat.restored_epoch(self.model) or 0
         if self.epoch < self.order.epochs:
             return True
         self.finish(self.step.read())
@@ -110,11 +116,11 @@ class Member:
 
     def begin_epoch(self) -> None:
         """Tell that an epoch begins, and draw the order of its rows; the model holds the state."""
-        with self.random():
-            if self.watches or self._shown is None:
-                self.model.reset_metrics()
-            self.callbacks.on_epoch_begin(self.epoch)
-            self.batches: Batches = list(self.source.batches())
+        self.random.enter()
+        if self._user_watches or self._shown is None:
+            self.model.reset_metrics()
+        self.callbacks.on_epoch_begin(self.epoch)
+        self.batches: Batches = list(self.source.batches())
 
     def show(self, state: State) -> None:
         """Let the model hold the state."""
@@ -135,8 +141,7 @@ class Member:
             logs: of the last step.
             seconds: since the state that is left where not all went well.
         """
-        with self.random():
-            self.callbacks.on_train_batch_end(done if not healthy else len(self.batches) - 1, logs)
+        self.callbacks.on_train_batch_end(done if not healthy else len(self.batches) - 1, logs)  # Keras' own callbacks only
         if not healthy and not self.model.stop_training:
             self.error = bad_loss(self.epoch, done, float(logs["loss"]), seconds, self.source.find_non_finite())
 
@@ -147,16 +152,16 @@ class Member:
     def end_epoch(self, logs: dict) -> bool:
         """Tell that the epoch has ended, with these logs; gives whether there is another."""
         self.logs = logs
-        with self.random():
-            self.callbacks.on_epoch_end(self.epoch, logs)
+        self.random.enter()
+        self.callbacks.on_epoch_end(self.epoch, logs)
         self.epoch += 1
         return not self.model.stop_training and self.epoch < self.order.epochs
 
     def finish(self, state: State) -> None:
         """What comes after the last epoch."""
         self.leave(state)
-        with self.random():
-            self.callbacks.on_train_end(self.logs)
+        self.random.enter()
+        self.callbacks.on_train_end(self.logs)
 
     def leave(self, state: State) -> None:
         """Let the model hold the state for good."""
@@ -181,4 +186,3 @@ class Traces:
     def digest(self) -> tuple:
         """Equal for members that may be stacked."""
         return self.train.digest, len(self.train.names), self.test and (self.test.digest, len(self.test.names))
-

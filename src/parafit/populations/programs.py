@@ -73,8 +73,8 @@ def _compiled(step: Step, turns: Turns, lanes: int, seldom: bool) -> CompiledSte
     outputs = stacked(traced.outputs)
     predicts = step.name == "predict"
     many = _predict_many(run, outputs, capacity) if predicts else _run_many(run, capacity, traced.guard)
-    flags = [jax.ShapeDtypeStruct((lanes,), dtype) for dtype in (np.int32, np.bool_)]
-    tally = Tally(*flags, None if predicts else outputs)
+    done, healthy = (jax.ShapeDtypeStruct((lanes,), dtype) for dtype in (np.int32, np.bool_))
+    tally = Tally(done, healthy, None if predicts else outputs)
     lowered = jax.jit(many, donate_argnums=1).trace(fixed, state, tally, jax.ShapeDtypeStruct((), np.int32), turns).lower()
     return CompiledSteps(lowered, options, None, capacity, Placement(Plan()))
 

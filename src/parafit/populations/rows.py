@@ -34,8 +34,8 @@ class Table:
         self.source = Source(x, y, sample_weight, class_weight=class_weight)
         if self.source.arrays is None:
             raise DataError(
-                f"many models read the same rows, each in its own order, so x must be arrays; got {type(x).__name__}. Pass arrays, or train "
-                "one model after another with parafit.fit."
+                f"many models read the same rows, each in its own order, so x must be arrays; got {type(x).__name__}. "
+                "Pass arrays, or train one model after another with parafit.fit."
             )
         nbytes = sum(spec.nbytes for spec in jax.tree.leaves(self.source.row_specs(self.source.row_count)))
         self._fits = nbytes < _HELD_SHARE * memory_bytes

@@ -37,11 +37,21 @@ class Stack:
         return _read(self.state, lane)
 
     def write(self, lane: int, state: State) -> None:
-        """Let a lane hold this state; its metrics stay."""
+        """Let a lane hold another state; its metrics stay.
+
+        Args:
+            lane: its number.
+            state: of one member.
+        """
         self.state = _write(self.state, lane, _on_device(state._replace(metrics=_read(self.state.metrics, lane))))
 
     def replace(self, lane: int, state: State) -> None:
-        """Let a lane hold another member's state, whose metrics are as they are at the start of an epoch."""
+        """Let a lane hold another member's state.
+
+        Args:
+            lane: its number.
+            state: of that member, its metrics as they are at the start of an epoch.
+        """
         for kept, array in zip(self._fresh, state.metrics):
             kept[lane] = array
         self.state = _write(self.state, lane, _on_device(state))

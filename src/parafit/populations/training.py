@@ -64,7 +64,7 @@ class _Group:
         self.guarded = lead.traces.train.guard is not None
         self.test: Any = None
         if lead.traces.test is not None:
-            rows = lead.order.validation
+            rows: Any = lead.order.validation
             longest = max(len(member.validation_batches) for member in members)
             shared = all(member.order.validation is rows for member in members)
             self.test = Lockstep(lead.test_step, lead.traces.test, rows.table, longest=longest, shared=shared)
@@ -163,8 +163,6 @@ class _Strand:
         if bad := [lane for lane, _ in self._live() if not healthy[lane]]:
             stack.restore(bad)
         for lane, member in self._live():
-            if member.watches:
-                member.show(stack.read(lane))
             found = dict(zip(member.traces.train.names, (log[lane] for log in logs)))
             member.logs = found
             member.end_training(int(done[lane]), bool(healthy[lane]), found, time.perf_counter() - kept)
@@ -193,7 +191,7 @@ class _Strand:
         tested = {}
         for lane, member in self._live():
             if lane in lanes:
-                found = compat.log_values(dict(zip(member.traces.test.names, (log[lane] for log in logs))))
+                found = compat.log_values(dict(zip(member.test_names, (log[lane] for log in logs))))
                 tested[lane] = {f"val_{name}": value for name, value in found.items()}
                 if member.watches_tests:
                     self._tell(lane, member, lambda found=found, member=member: member.callbacks.on_test_end(found))
@@ -205,8 +203,8 @@ class _Strand:
 
     def _tell(self, lane: int, member: Member, hook: Callable[[], None]) -> None:
         member.show(self._stack.read(lane))
-        with member.random():
-            hook()
+        member.random.enter()
+        hook()
         self._enter(lane, member)
 
     # Lanes ----------------------------------------------------------------------------------------------------------------------------
@@ -225,9 +223,12 @@ class _Strand:
             return
         rounds = max(member.order.epochs - member.epoch for _, member in self._live())
         saved = self._seconds * (1 - size / len(self._lanes)) * rounds
-        if not self._group.is_worth(saved, self._group.seconds_compiling):
+        takes = sum(each.seconds_to_make(size) for each in (self._train, self._test) if each)
+        if not self._group.is_worth(saved, takes):
             return
-        emit(Notice(text=f"{len(self._lanes) - len(live)} of {len(self._lanes)} members have stopped; the rest goes on in a stack of {size}"))
+        emit(
+            Notice(text=f"{len(self._lanes) - len(live)} of {len(self._lanes)} members have stopped; the rest goes on in a stack of {size}")
+        )
         chosen = [*live, *[live[0]] * (size - len(live))]
         self._stack.take(chosen)
         self._lanes = [*(self._lanes[lane] for lane in live), *[None] * (size - len(live))]

@@ -420,22 +420,38 @@ class RandomState:
     Keras 3.15: its seed and its generator lie in a private global state.
     """
 
-    def __init__(self, seed: int):
-        self._seed, self._left = seed, None
+    _present: "RandomState | None" = None
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """While it lasts, they are this state's, which goes on where it was left; afterwards they are as they were."""
-        before = _random_state()
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._left: tuple | None = None
+
+    def enter(self) -> None:
+        """Let the generators go on where this state was left, until another one is entered. Call it inside `random_states`."""
+        present = RandomState._present
+        if present is self:
+            return
+        if present is not None:
+            present._left = _random_state()
+        RandomState._present = self
         if self._left is None:
             keras.utils.set_random_seed(self._seed)
         else:
             _set_random_state(self._left)
-        try:
-            yield
-        finally:
-            self._left = _random_state()
-            _set_random_state(before)
+
+
+@contextmanager
+def random_states() -> Iterator[None]:
+    """While it lasts, each `RandomState` may be entered; afterwards the generators are as they were before."""
+    before, present = _random_state(), RandomState._present
+    RandomState._present = None
+    try:
+        yield
+    finally:
+        if RandomState._present is not None:
+            RandomState._present._left = _random_state()
+        RandomState._present = present
+        _set_random_state(before)
 
 
 _KERAS_RANDOM = (GLOBAL_RANDOM_SEED, GLOBAL_SEED_GENERATOR)
