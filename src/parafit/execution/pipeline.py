@@ -171,7 +171,9 @@ class Line:
             at = [plan[0] for plan in self.update.update.homes] if self.update else []
             shapes = [self.update.what(slot)[1] for slot in range(len(slots))]
             slots = [self._everywhere(*each) for each in zip(slots, at, shapes, self._slot_leaves)]
-        return State(homes[:weights] if self._step.name == "train" else [], homes[weights : weights + others], list(slots), homes[weights + others :])
+        return State(
+            homes[:weights] if self._step.name == "train" else [], homes[weights : weights + others], list(slots), homes[weights + others :]
+        )
 
     def _move(self, value: Any, source: int | None, target: int, shape: Any, leaf: Any) -> Any:
         """An array brought from one device of the pipeline to another; None where that is another process's.
@@ -214,7 +216,9 @@ class Line:
         """For each stage, the arrays of a block that it reads."""
         arrays = [steps.sliced(leaf, part.slices) for leaf in jax.tree.leaves(block.arrays)]
         return [
-            jax.device_put([arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves])
+            jax.device_put(
+                [arrays[leaf] for leaf in program.leaves], [program.placement.block(arrays[leaf].shape) for leaf in program.leaves]
+            )
             if program.placement.is_here
             else []
             for program in part.programs
