@@ -11,6 +11,7 @@ import parafit  # isort: skip  (chooses Keras' backend, so it comes first)
 import jax
 import keras
 import numpy as np
+from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 1 if processes > 1 else 8)
     jax.config.update("jax_enable_x64", True)
     keras.config.set_floatx("float64")
+    BIT64_TO_BIT32_DTYPE["float64"] = "float64"  # as in conftest.py
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cross_host_transfer_socket_address", f"127.0.0.1:{port + 1 + process}")

@@ -197,7 +197,10 @@ class PipelineSteps:
 
 
 def carrier(shapes: Sequence[Any], source: Sequence[Any], target: Sequence[Any], *places: Placement) -> Callable[[Any], Any]:
-    """A function that brings arrays from one place to another, of this process or not; both processes call it, one with None.
+    """A function that brings arrays from one place to another, of this process or not.
+
+    JAX counts transfers between processes and tells them by their number, so every process calls it for each: those that do not have the
+    arrays with None.
 
     Args:
         shapes: of the arrays.
@@ -207,7 +210,7 @@ def carrier(shapes: Sequence[Any], source: Sequence[Any], target: Sequence[Any],
     here, there = (place.is_here for place in places)
     if here and there:
         return compat.copier(list(target))
-    if not (here or there):
+    if places[0].devices[0].process_index == places[1].devices[0].process_index:
         return lambda arrays: None
 
     def carry(arrays: Any) -> Any:
