@@ -1,6 +1,6 @@
 """Many models at once against `parafit.fit` one after another, alternately.
 
-`python -m benchmarks.populations [--rounds 3] [--members 32]`. Prints seconds of each round, and the median of the rounds' ratios; both make
+`python -m benchmarks.populations [--rounds 3] [--members 32]`. Prints seconds of each round, and the median of their ratios; both make
 their models anew in every round, and the first round, which compiles, does not count.
 """
 

@@ -372,6 +372,19 @@ def test_numbers_that_no_config_tells_are_told_apart(told):
     ]
 
 
+def test_losses_of_the_users_are_told_apart_by_what_they_compute(told):
+    def build(factor):
+        model = keras.Sequential([keras.Input((12,)), layers.Dense(1)])
+        model.compile("sgd", lambda y, output: factor * keras.ops.mean((y - output) ** 2))
+        return model
+
+    x, y = data()
+    models = [build(factor) for factor in (1.0, 2.0, 1.0)]
+    histories = parafit.fit_many(models, x, y.astype(float), seeds=[1, 1, 1], verbose=0)
+    assert sorted(words.partition("(")[2].partition(")")[0] for words in told if "train together" in words) == ["members 0, 2", "members 1"]
+    assert len({history.history["loss"][0] for history in histories}) > 1
+
+
 @pytest.mark.usefixtures("float64")
 def test_models_are_updated_in_place_and_go_on():
     x, y = data()

@@ -500,7 +500,11 @@ def plain_config(model) -> str | None:
     layers = list(model._flatten_layers()) if model.compiled and model.optimizer is not None else []
     if not layers or own_step(model) or len(getattr(model, "outputs", None) or ()) != 1 or any(not _is_of_keras(layer) for layer in layers):
         return None
-    compiled, structure = model.get_compile_config(), model.get_config()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compiled, structure = model.get_compile_config(), model.get_config()
+    except Exception:  # a part of the user's that cannot be written down
+        return None
     optimizer = compiled["optimizer"]["config"]
     if isinstance(optimizer.get("learning_rate"), float):
         optimizer["learning_rate"] = None
