@@ -46,7 +46,7 @@ def test_single_prints():
         ({"compute": {"batch": "data"}}, "'batch' is mapped to axis 'data', but the plan's axes are none"),
         ({"axes": {"data": 2.0}, "compute": {"batch": "data"}}, "a whole number of at least 2"),
         ({"axes": {"row": 2}, "compute": {"layer": "row"}}, "unknown axis 'row'"),
-        ({"axes": {"dta": 2}}, "runs the axes 'data', 'tensor', and only prices 'pipeline'. Did you mean 'data'"),
+        ({"axes": {"dta": 2}}, "runs the axes 'data', 'pipeline', 'tensor'. Did you mean 'data'"),
         ({"recompute": "block"}, "choose one of 'blocks', 'none'. Did you mean 'blocks'"),
         ({"axes": {"data": 2}, "store": {"parameter": "data"}}, "gradients are split only where slots are"),
         ({"axes": {"data": 2}, "store": {"weights": "data"}}, "store maps 'weights'"),

@@ -114,8 +114,8 @@ class Part:
         if placements[0] is placements[1]:
             return Way(to=to, places=tuple(places), slots=tuple(slots), copy=None)
         sent = [self.stages.stages[min(stage, to)].closed.jaxpr.outvars[value].aval for value in values]
-        ends = [[program.activation(shape) for shape in sent] for program in (self.programs[stage], self.programs[to])]
-        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=carrier(sent, *ends, *placements))
+        source, target = ([self.programs[end].activation(shape) for shape in sent] for end in (stage, to))
+        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=carrier(sent, source, target, *placements))
 
 
 class PipelineSteps:
@@ -156,8 +156,8 @@ class PipelineSteps:
         self._times = times_of(cuts[0])
         split = self.trains and self._grid(sum(each.count for each in self.slices)).splits_backward
         self.parts = [
-            Part(*each, placement, self._compiler, self._blocks(each[2], batch), split=split)
-            for *each, batch in zip(wholes, cuts, self.slices, shapes)
+            Part(whole, stages, slices, placement, self._compiler, self._blocks(slices, batch), split=split)
+            for whole, stages, slices, batch in zip(wholes, cuts, self.slices, shapes)
         ]
         self.where = [(part, place) for part in self.parts for place in range(part.slices.count)]
         self._orders: dict[int, list[Task]] = {}

@@ -17,9 +17,6 @@ AXES = {"data": "batch", "tensor": "inner", "pipeline": "blocks"}
 """The mesh axes a plan may name, each with what a plan's text maps to it: the rows of the batch; "inner", which stands for
 the dims that `layout.resolve` finds once the model is known (hidden widths, heads, vocabulary); the sequence of blocks."""
 
-PRICED_ONLY = ("pipeline",)
-"""The axes that this version prices, and does not run."""
-
 STORED = ("slot", "gradient", "parameter")
 """What a `store` layout may split: ZeRO stage 1 splits the first, stage 2 the first two, stage 3 (FSDP) all three."""
 
@@ -284,8 +281,7 @@ def _check_choices(plan: Plan) -> None:
 
 
 def _unknown(axis: str, known: Iterable[str]) -> str:
-    run, priced = (_names(name for name in AXES if (name in PRICED_ONLY) == only) for only in (False, True))
-    return f"unknown axis {axis!r}: this version runs the axes {run}, and only prices {priced}.{did_you_mean(axis, known)}"
+    return f"unknown axis {axis!r}: this version runs the axes {_names(AXES)}.{did_you_mean(axis, known)}"
 
 
 def _size(text: str, axis: str, size: str) -> int:
