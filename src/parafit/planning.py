@@ -226,6 +226,8 @@ def _check_runs(plan: Plan) -> None:
     import jax
 
     if "pipeline" in plan.axes:
+        if plan.statistics != "batch":
+            raise PlanError(f"plan {plan.short()!r}: statistics={plan.statistics} does not run in a pipeline yet. Leave one of them out.")
         make_grid(plan.schedule, devices=plan.axes["pipeline"], microbatches=plan.microbatches, interleave=plan.interleave)
     elif plan.interleave > 1:
         raise PlanError(f"plan {plan.short()!r}: interleave={plan.interleave} is of pipelines, and the plan has none. Add pipeline=.")

@@ -146,8 +146,7 @@ def test_a_loss_that_divides_by_sums_over_the_batch_is_found_out(loss):
 
 
 REFUSED = {
-    "pipeline=2": "this version prices pipeline=2 but does not run it",
-    "data=2,interleave=2": "this version prices interleave=2 but does not run it",
+    "data=2,interleave=2": "interleave=2 is of pipelines, and the plan has none",
     "tensor=7": "axis tensor=7 splits nothing in 'sequential': 7 divides none of the dims",
     "data=8,zero=1,store_group=3": "store_group=3",
 }

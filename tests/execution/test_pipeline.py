@@ -10,7 +10,7 @@ from keras import layers
 
 from parafit import evaluate, fit, predict
 from parafit.errors import NonFiniteLossError, PlanError
-from parafit.execution.pipeline import Line
+from parafit.execution.line import Line
 from parafit.nnx import Trainable
 from parafit.planner.schedules import make_grid
 from tests import models

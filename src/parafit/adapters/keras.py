@@ -136,6 +136,7 @@ class KerasModel:
             update=lambda slots, gradients, weights: model.optimizer.stateless_apply(slots, gradients, weights),
             couples=compat.why_rows_couple(model),
             follows=compat.why_rows_follow(model),
+            weighs=compat.why_rows_weigh(model),
         )
 
     def _non_trainable(self) -> list:

@@ -50,6 +50,7 @@ class Parts:
         update: `(slots, gradients, weights) -> (weights, slots)`.
         couples: why rows of a batch are not independent, "" where no layer is known for it; a plan may allow it in microbatches.
         follows: why a batch's rows go on from those of the batch before, "" where they do not.
+        weighs: why parts of a batch may weigh differently in its loss, "" where no layer is known for it.
     """
 
     loss: Callable
@@ -57,6 +58,7 @@ class Parts:
     update: Callable
     couples: str = ""
     follows: str = ""
+    weighs: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from parafit.planner.schedules.grid import Grid, Task
 from parafit.planner.schedules.simulate import simulate
 from parafit.planner.schedules.times import TaskTimes
 from parafit.support import compat
-from parafit.techniques import planned_function
+from parafit.techniques.apart import check_apart
 from parafit.techniques.stages import Stages, cut
 from parafit.techniques.tasks import tasks_of
 from parafit.techniques.updates import cut_update
@@ -114,8 +114,8 @@ class Part:
         if placements[0] is placements[1]:
             return Way(to=to, places=tuple(places), slots=tuple(slots), copy=None)
         sent = [self.stages.stages[min(stage, to)].closed.jaxpr.outvars[value].aval for value in values]
-        ends = [[program.activation(shape) for shape in sent] for program in (self.programs[stage], self.programs[to])]
-        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=carrier(sent, *ends, *placements))
+        source, target = ([self.programs[end].activation(shape) for shape in sent] for end in (stage, to))
+        return Way(to=to, places=tuple(places), slots=tuple(slots), copy=carrier(sent, source, target, *placements))
 
 
 class PipelineSteps:
@@ -139,9 +139,7 @@ class PipelineSteps:
         self.capacity, self.rows = leaves[0].shape[0], max((leaf.shape[1] for leaf in leaves if leaf.ndim > 1), default=1)
         self.slices = [Slices(count=1, rows=self.rows, first=0)]
         if self.trains:
-            planned_function(
-                step, Placement(self.plan.inside), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
-            )
+            check_apart(step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays), self.plan)
             self.slices = slices_of(pieces(self.rows, self.plan.inside))
         self._compiler = Compiler(self.plan.precision)
         shapes = [
@@ -156,8 +154,8 @@ class PipelineSteps:
         self._times = times_of(cuts[0])
         split = self.trains and self._grid(sum(each.count for each in self.slices)).splits_backward
         self.parts = [
-            Part(*each, placement, self._compiler, self._blocks(each[2], batch), split=split)
-            for *each, batch in zip(wholes, cuts, self.slices, shapes)
+            Part(whole, stages, slices, placement, self._compiler, self._blocks(slices, batch), split=split)
+            for whole, stages, slices, batch in zip(wholes, cuts, self.slices, shapes)
         ]
         self.where = [(part, place) for part in self.parts for place in range(part.slices.count)]
         self._orders: dict[int, list[Task]] = {}

@@ -206,6 +206,14 @@ def why_rows_couple(model) -> str:
     return ""
 
 
+def why_rows_weigh(model) -> str:
+    """Why parts of a batch may weigh differently in its loss, "" where no layer is known for it."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False):
+            return f"layer {layer.name!r} masks, so that parts of a batch weigh differently"
+    return ""
+
+
 def loss_and_updates(model, weights, state, batch) -> Any:
     """The loss to differentiate, and `(loss, predictions, others, metrics)`; see `own_step`."""
     options = {"training": True, "optimizer_variables": state.slots}
