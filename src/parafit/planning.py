@@ -28,6 +28,9 @@ RUNS = frozenset({"data", "tensor", "pipeline", "interleave", "zero", "store_gro
 _ASKED_FOR = frozenset({"pipeline", "interleave"})
 """What "auto" leaves to those who ask for it: where pipelines pay was not measured yet (decision 0018)."""
 
+_MOST_PROCESSES = 2
+"""Over which a pipeline runs: four were seen to wait for each other for ever."""
+
 WORTH = 1.1
 """So many times as fast as one device must a plan be predicted to be chosen by itself: about what prices are wrong by."""
 
@@ -228,6 +231,10 @@ def _check_runs(plan: Plan) -> None:
     if "pipeline" in plan.axes:
         if plan.statistics != "batch":
             raise PlanError(f"plan {plan.short()!r}: statistics={plan.statistics} does not run in a pipeline yet. Leave one of them out.")
+        if jax.process_count() > _MOST_PROCESSES:
+            raise PlanError(
+                f"plan {plan.short()!r}: a pipeline over {jax.process_count()} processes does not run yet, only over {_MOST_PROCESSES}."
+            )
         make_grid(plan.schedule, devices=plan.axes["pipeline"], microbatches=plan.microbatches, interleave=plan.interleave)
     elif plan.interleave > 1:
         raise PlanError(f"plan {plan.short()!r}: interleave={plan.interleave} is of pipelines, and the plan has none. Add pipeline=.")

@@ -120,18 +120,18 @@ def same_as_one_device(make, plan, **options):
     ("name", "plan"),
     [
         ("adam", "pipeline=2,microbatches=4"),
-        ("adam", "pipeline=8,microbatches=4,schedule=gpipe"),
+        pytest.param("adam", "pipeline=8,microbatches=4,schedule=gpipe", marks=pytest.mark.slow),
         ("momentum", "pipeline=3,microbatches=2,schedule=zb-h1"),
-        ("regularised", "pipeline=4,microbatches=4,schedule=list"),
-        ("skips", "pipeline=4,microbatches=4,schedule=zb-h1"),
+        pytest.param("regularised", "pipeline=4,microbatches=4,schedule=list", marks=pytest.mark.slow),
+        pytest.param("skips", "pipeline=4,microbatches=4,schedule=zb-h1", marks=pytest.mark.slow),
         ("skips", "pipeline=2,microbatches=4,schedule=interleaved,interleave=2"),
         ("tied", "pipeline=4,microbatches=2"),
-        ("ends", "pipeline=3,microbatches=4,schedule=gpipe"),
-        ("subclassed", "pipeline=2,microbatches=4,schedule=list"),
-        ("convolutional", "pipeline=4,microbatches=2"),
-        ("lstm", "pipeline=2,microbatches=2,schedule=zb-h1"),
-        ("gru", "pipeline=3,microbatches=4"),
-        ("blocks", "pipeline=4,microbatches=4,schedule=interleaved,interleave=2"),
+        pytest.param("ends", "pipeline=3,microbatches=4,schedule=gpipe", marks=pytest.mark.slow),
+        pytest.param("subclassed", "pipeline=2,microbatches=4,schedule=list", marks=pytest.mark.slow),
+        pytest.param("convolutional", "pipeline=4,microbatches=2", marks=pytest.mark.slow),
+        pytest.param("lstm", "pipeline=2,microbatches=2,schedule=zb-h1", marks=pytest.mark.slow),
+        pytest.param("gru", "pipeline=3,microbatches=4", marks=pytest.mark.slow),
+        pytest.param("blocks", "pipeline=4,microbatches=4,schedule=interleaved,interleave=2", marks=pytest.mark.slow),
         ("module", "pipeline=2,microbatches=4,schedule=zb-h1"),
     ],
 )
@@ -144,11 +144,11 @@ def test_a_pipeline_gives_the_numbers_of_one_device(name, plan):
     ("name", "plan"),
     [
         ("adam", "pipeline=2,data=2,microbatches=2"),
-        ("adam", "pipeline=2,data=2,microbatches=4,zero=1,schedule=zb-h1"),
-        ("skips", "pipeline=2,data=2,microbatches=2,zero=3,schedule=gpipe"),
+        pytest.param("adam", "pipeline=2,data=2,microbatches=4,zero=1,schedule=zb-h1", marks=pytest.mark.slow),
+        pytest.param("skips", "pipeline=2,data=2,microbatches=2,zero=3,schedule=gpipe", marks=pytest.mark.slow),
         ("adam", "pipeline=2,tensor=2,microbatches=4"),
-        ("blocks", "pipeline=2,data=2,tensor=2,microbatches=2,recompute=blocks"),
-        ("adam", "pipeline=3,microbatches=4,recompute=blocks,schedule=zb-h1"),
+        pytest.param("blocks", "pipeline=2,data=2,tensor=2,microbatches=2,recompute=blocks", marks=pytest.mark.slow),
+        pytest.param("adam", "pipeline=3,microbatches=4,recompute=blocks,schedule=zb-h1", marks=pytest.mark.slow),
     ],
 )
 def test_other_axes_and_words_inside_stages(name, plan):
@@ -160,9 +160,12 @@ def test_other_axes_and_words_inside_stages(name, plan):
     "optimizer",
     [
         lambda: keras.optimizers.Adam(1e-2, global_clipnorm=0.05),
-        lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 20), use_ema=True, ema_overwrite_frequency=3),
-        lambda: keras.optimizers.Adafactor(1e-2),
-        lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1, clipnorm=0.05),
+        pytest.param(
+            lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 20), use_ema=True, ema_overwrite_frequency=3),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda: keras.optimizers.Adafactor(1e-2), marks=pytest.mark.slow),
+        pytest.param(lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1, clipnorm=0.05), marks=pytest.mark.slow),
     ],
 )
 def test_updates_of_all_kinds(optimizer):
@@ -226,6 +229,10 @@ REFUSED = {
     "pipeline=2,microbatches=2": ("own_train_step", "has its own 'train_step"),
     "pipeline=2,interleave=2,microbatches=4": ("deep", "schedule '1f1b' has one stage a device, so interleave=2 is not for it"),
     "pipeline=2,interleave=2,microbatches=3,schedule=interleaved": ("deep", "microbatches"),
+    "pipeline=2,microbatches=4,schedule=gpipe": ("normalised", "normalises by the statistics of the batch"),
+    "pipeline=3,microbatches=4": ("dropped", "it draws random numbers for all rows of a batch at a time"),
+    "pipeline=2,microbatches=4": ("masked", "layer 'embedding.*' masks, so that parts of a batch weigh differently"),
+    "pipeline=2,microbatches=4,statistics=microbatch": ("deep", "statistics=microbatch does not run in a pipeline yet"),
     "interleave=2": ("deep", "is of pipelines, and the plan has none"),
     "pipeline=16": ("deep", "wants 16 devices, but there are 8"),
 }
@@ -236,6 +243,18 @@ def test_refused(plan):
     name, reason = REFUSED[plan]
     if name == "linear":
         model, x, y = models.linear(), np.ones((8, 4)), np.ones((8, 1))
+    elif name == "dropped":
+        network = [keras.Input((4,)), *(layers.Dense(8, "relu") for _ in range(4)), layers.Dropout(0.5), layers.Dense(3, "softmax")]
+        model, x, y = models.compiled(keras.Sequential(network)), np.ones((8, 4)), np.ones((8, 1))
+    elif name == "masked":
+        network = [
+            keras.Input((4,), dtype="int32"),
+            layers.Embedding(5, 4, mask_zero=True),
+            layers.GRU(4),
+            layers.Dense(4),
+            layers.Dense(1),
+        ]
+        model, x, y = models.compiled(keras.Sequential(network)), np.ones((8, 4), "int32"), np.ones((8, 1))
     else:
         model, x, y = getattr(models, name)(rows=8)
     with pytest.raises(PlanError, match=reason):

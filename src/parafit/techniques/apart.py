@@ -36,8 +36,8 @@ def check_apart(step: Step, batch: Any, plan: Plan) -> None:
         )
     if plan.microbatches > 1 and (reason := _why_not_apart(step, batch)):
         raise PlanError(
-            f"plan {plan.short()!r}: a batch of this model cannot go through a pipeline in microbatches: {reason}. Leave pipeline out of the "
-            "plan; microbatches= alone may take it, and recompute=blocks and zero= save memory as well."
+            f"plan {plan.short()!r}: a batch of this model cannot go through a pipeline in microbatches: {reason}. Leave pipeline out of "
+            "the plan; microbatches= alone may take it, and recompute=blocks and zero= save memory as well."
         )
 
 
