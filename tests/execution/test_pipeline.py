@@ -252,7 +252,7 @@ def test_refused(plan):
             layers.Embedding(5, 4, mask_zero=True),
             layers.GRU(4),
             layers.Dense(4),
-            layers.Dense(1),
+            layers.Dense(3, "softmax"),
         ]
         model, x, y = models.compiled(keras.Sequential(network)), np.ones((8, 4), "int32"), np.ones((8, 1))
     else:

@@ -48,7 +48,12 @@ class Line:
         self._shares: dict[Any, Any] = {}
 
     def load(self, fixed: list[Any], state: State) -> None:
-        """Take arrays over that are not those that are here already."""
+        """Take arrays over that are not those that are here already.
+
+        Args:
+            fixed: arrays that the step only reads.
+            state: arrays of the step's state.
+        """
         trains = self._step.name == "train"
         homes = [*(state.weights if trains else fixed), *state.others, *state.metrics]
         if not self.loaded:
@@ -113,7 +118,12 @@ class Line:
         return value if self._places[source].is_here else next(array for array in moved if array is not None)
 
     def run(self, steps: PipelineSteps, block: Block) -> list[Any]:
-        """Start all tasks of a block; gives the outputs of each batch."""
+        """Start all tasks of a block; gives the outputs of each batch.
+
+        Args:
+            steps: the programs for blocks of this shape.
+            block: the batches.
+        """
         blocks = [self._put_block(steps, part, block) for part in steps.parts]
         if not steps.trains:
             return self._forward(steps, blocks, block.steps)

@@ -187,7 +187,12 @@ class PipelineSteps:
         return make_grid("list" if odd else self.plan.schedule, **words, times=self._times)
 
     def sliced(self, leaf: np.ndarray, slices: Slices) -> np.ndarray:
-        """One array of a block as microbatches of one size, of shape (capacity · count, rows, ...)."""
+        """One array of a block as microbatches of one size, of shape (capacity · count, rows, ...).
+
+        Args:
+            leaf: of shape (capacity, batch, ...), or (capacity,).
+            slices: which microbatches.
+        """
         if leaf.ndim == 1:
             return np.repeat(leaf, slices.count)
         part = leaf[:, slices.first : slices.first + slices.count * slices.rows]

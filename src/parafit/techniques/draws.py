@@ -44,7 +44,12 @@ def bits_of_rows(key: jax.Array, numbers: jax.Array, *, shape: tuple[int, ...], 
 
 
 def places_of_rows(numbers: jax.Array, each: int) -> jax.Array:
-    """Where rows are in a dimension that holds so many places of each row."""
+    """Where rows are in a dimension that holds so many places of each row.
+
+    Args:
+        numbers: of the rows, whole numbers of shape (rows,).
+        each: places of a row.
+    """
     return numbers if each == 1 else (numbers[:, None] * each + jnp.arange(each, dtype=numbers.dtype)).reshape(-1)
 
 
@@ -76,7 +81,12 @@ class Given:
 
 
 def draws_differ(ours: JaxprEqn, theirs: JaxprEqn) -> bool:
-    """Whether an equation draws, at any depth, other numbers for a part than for the whole."""
+    """Whether an equation draws, at any depth, other numbers for a part than for the whole.
+
+    Args:
+        ours: of the part's trace.
+        theirs: of the whole one.
+    """
     if ours.primitive.name in _DRAWS:
         return ours.params["shape"] != theirs.params["shape"]
     return any(draws_differ(one, other) for one, other in _inner_pairs(ours, theirs) if other is not None)
@@ -94,7 +104,13 @@ def _inner(equation: JaxprEqn) -> list[Jaxpr]:
 
 
 def drawing(ours: JaxprEqn, theirs: JaxprEqn, rows: int, some: int) -> Callable:
-    """`(operands, given) -> results` of an equation whose draws are rows of the whole batch's."""
+    """`(operands, given) -> results` of an equation whose draws are rows of the whole batch's.
+
+    Args:
+        ours, theirs: as in `draws_differ`.
+        rows: of the batch.
+        some: of them, those of the part.
+    """
     name = ours.primitive.name
     if name in _DRAWS:
         return _drawn(ours, theirs, rows, some)

@@ -64,7 +64,12 @@ class PartLoss:
         return self.some / self.rows
 
     def known(self, state: State, batch: Any) -> list:
-        """What microbatches need to know of the whole batch."""
+        """What microbatches need to know of the whole batch.
+
+        Args:
+            state: arrays of the step's state.
+            batch: arrays of all rows.
+        """
         return jaxpr_as_fun(self._share.needs)(*jax.tree.leaves((state.weights, state, batch)))
 
     def __call__(self, weights: Any, state: State, part: Any, numbers: jax.Array, known: Sequence[Any]) -> tuple:
@@ -84,7 +89,12 @@ class PartLoss:
         return value if kind.of == "sum" else value * self.share
 
     def as_batch(self, values: Any, kinds: Any) -> Any:
-        """Shares as what they would be of a batch of such rows."""
+        """Shares as what they would be of a batch of such rows.
+
+        Args:
+            values: a tree of arrays.
+            kinds: a tree of the same structure, of `Kind`s.
+        """
         return jax.tree.map(lambda value, kind: value / self.share if kind.of == "sum" else value, values, kinds)
 
 

@@ -16,7 +16,12 @@ class NoShareError(Exception):
 
 
 def flat(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, Any]:
-    """A function as a jaxpr without calls of others, and the shapes of what it returns."""
+    """A function as a jaxpr without calls of others, and the shapes of what it returns.
+
+    Args:
+        function: of pytrees of arrays.
+        arguments: arrays, or shapes.
+    """
     closed, shapes = jaxpr_of(function, *arguments)
     inlined = jax.make_jaxpr(lambda *leaves: _inlined(closed, leaves))(*(_shape(var) for var in closed.jaxpr.invars))
     return inlined, shapes
@@ -34,15 +39,27 @@ def _inlined(closed: ClosedJaxpr, arguments: Sequence[Any]) -> list:
 
 
 def closed_of(jaxpr: Any) -> ClosedJaxpr:
+    """A jaxpr with its constants, of which an open one has none."""
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(*opened(jaxpr))
 
 
 def value_of(values: dict[Any, Any], var: Any) -> Any:
+    """The value of a variable or a literal.
+
+    Args:
+        values: by variable.
+        var: either.
+    """
     return var.val if isinstance(var, Literal) else values[var]
 
 
 def run_equation(equation: JaxprEqn, operands: Sequence[Any]) -> list:
-    """One equation on other operands."""
+    """One equation on other operands.
+
+    Args:
+        equation: whichever.
+        operands: arrays, one for each that it takes, literals too.
+    """
     read = [place for place, var in enumerate(equation.invars) if isinstance(var, Var)]
     changed = any(operands[place] is not var.val for place, var in enumerate(equation.invars) if isinstance(var, Literal))
     if changed or len({equation.invars[place] for place in read}) < len(read):
@@ -74,16 +91,27 @@ def _shape(var: Any) -> jax.ShapeDtypeStruct:
 
 
 def shape_of(var: Any) -> tuple[int, ...]:
+    """The shape of a variable, () of what has none."""
     return tuple(getattr(var.aval, "shape", ()))
 
 
 def differing_dims(ours: Any, theirs: Any) -> list[int]:
-    """The dimensions in which two variables differ."""
+    """The dimensions in which two variables differ.
+
+    Args:
+        ours: of the part's trace.
+        theirs: of the whole one.
+    """
     return [dim for dim, (one, other) in enumerate(zip(shape_of(ours), shape_of(theirs))) if one != other]
 
 
 def pairs(part: Jaxpr, whole: Jaxpr) -> Iterator[tuple[JaxprEqn, JaxprEqn | None]]:
-    """Equations of a part's trace with those of the whole one; a single row may do without a change of shape, or need one."""
+    """Equations of a part's trace with those of the whole one; a single row may do without a change of shape, or need one.
+
+    Args:
+        part: the trace of some rows.
+        whole: the trace of all.
+    """
     theirs = list(whole.eqns)
     place = 0
     for ours in part.eqns:
@@ -106,6 +134,12 @@ def pairs(part: Jaxpr, whole: Jaxpr) -> Iterator[tuple[JaxprEqn, JaxprEqn | None
 
 
 def tied(equation: JaxprEqn, what: str) -> str:
+    """In words, which layer does what to the rows of a batch.
+
+    Args:
+        equation: of the layer.
+        what: a verb and its object.
+    """
     layer = layer_of(str(equation.source_info.name_stack))
     return f"{f'layer {layer!r}' if layer else 'its loss'} {what} ({equation.primitive.name})"
 

@@ -77,7 +77,12 @@ def inlined(closed: ClosedJaxpr, *, calls: Collection[str] = _CALLS) -> Inlined:
 
 
 def needed_by(equations: Sequence[JaxprEqn], outputs: Iterable[Any]) -> set[int]:
-    """Those of the equations, by `id`, that some variables need."""
+    """Those of the equations, by `id`, that some variables need.
+
+    Args:
+        equations: in their order.
+        outputs: the variables, and literals.
+    """
     live, needed = {var for var in outputs if isinstance(var, Var)}, set()
     for equation in reversed(equations):
         if equation.effects or any(var in live for var in equation.outvars):
