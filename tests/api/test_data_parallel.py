@@ -99,7 +99,6 @@ def test_callbacks_see_and_set_weights_on_many_devices():
 BAD_PLANS = {
     "data=9": "wants 9 devices, but there are 8",
     "row=2": "unknown axis 'row'",
-    "pipeline=2": "this version prices pipeline=2 but does not run it",
     "data=1": "splits nothing",
     "data=-2": "splits nothing",
     "data": "expected AXIS=SIZE",

@@ -86,7 +86,8 @@ def products(text):
 @pytest.mark.parametrize("plan", ["", ",microbatches=2", ",recompute=blocks", ",data=2,tensor=2,zero=2"])
 def test_every_product_multiplies_bfloat16_and_gives_float32(plan, lowered):
     model, _ = fit("precision=bfloat16" + plan)
-    found = [product for text in lowered for product in products(text)]
+    steps = [text for text in lowered if "tf.aliasing_output" in text or "jax.buffer_donor" in text]  # what trains gives its state away
+    found = [product for text in steps for product in products(text)]
     assert {kind for kind, *_ in found} == {"dot_general", "convolution"}
     assert {tuple(types) for _, *types in found} == {("bf16", "bf16", "f32")}
     assert {str(value.dtype) for value in model.trainable_variables} == {"float32"}
