@@ -7,7 +7,7 @@ between them. `execution/events.py` says what a run tells.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -291,13 +291,10 @@ def _prepare(verb: str, adapter: Adapter, data: tuple, asked: Plan | None, optio
 @contextmanager
 def _told(verbose: str | int, log: str | Path | None = None) -> Iterator[None]:
     """While it lasts, what runs tell goes to the console, if they are to be verbose, and to the log."""
-    listeners = [Console()] if verbose else []
-    if log is None:
-        with listening(*listeners):
-            yield
-    else:
-        with closing(JsonLines(log)) as lines, listening(*listeners, lines):
-            yield
+    with ExitStack() as stack:
+        lines = [] if log is None else [stack.enter_context(closing(JsonLines(log)))]
+        stack.enter_context(listening(*([Console()] if verbose else []), *lines))
+        yield
 
 
 @contextmanager

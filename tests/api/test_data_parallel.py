@@ -9,6 +9,7 @@ import pytest
 from keras import layers
 
 import parafit
+from parafit.planning import asked_for
 from tests.models import ZOO, mlp, programs
 
 
@@ -114,6 +115,13 @@ def test_a_plan_that_cannot_run_is_refused_before_anything_is_built(plan):
     with pytest.raises(parafit.errors.PlanError, match=re.escape(BAD_PLANS[plan])):
         parafit.fit(model, np.ones((4, 2)), np.ones((4, 1)), plan=plan)
     assert not model.built
+
+
+def test_a_pipeline_over_many_processes_is_refused(monkeypatch):
+    """Four were seen to wait for each other for ever."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(parafit.errors.PlanError, match="a pipeline over 4 processes does not run yet, only over 2"):
+        asked_for("pipeline=2,microbatches=2")
 
 
 def test_a_plan_is_no_number():

@@ -57,6 +57,20 @@ def test_auto_spreads_what_is_worth_it(eight_devices, plans, capsys):
     assert "not in the plan" not in printed
 
 
+def test_auto_leaves_pipelines_to_those_who_ask(monkeypatch, eight_devices):
+    allowed, search = [], planning.search
+
+    def searched(*arguments, allow, **options):
+        allowed.append(allow)
+        return search(*arguments, allow=allow, **options)
+
+    monkeypatch.setattr(planning, "search", searched)
+    parafit.fit(network(256), *data(512), batch_size=256, verbose=0)
+    (allow,) = allowed
+    assert "data" in allow
+    assert not {"pipeline", "interleave"} & allow
+
+
 def test_auto_changes_no_numbers(monkeypatch, plans):
     """Not even where products of bfloat16 are a thousand times as fast."""
     machine = Machine.load("h100x8")

@@ -10,12 +10,7 @@ import numpy as np
 from parafit.adapters.step import Step
 from parafit.errors import PlanError
 from parafit.planner.plan import Plan
-from parafit.techniques.microbatches import rows_of
-
-_MEAN_TOLERANCE = 1e-3
-"""Rounding in float32 through a deep network stays below this; a loss that sums over its rows, or divides by sums, is off by more."""
-_TRIES = 3
-"""Pairs of rows that are tried: of two, labels may be such that a loss does not show that it ties them."""
+from parafit.techniques.microbatches import MEAN_TOLERANCE, TRIES, rows_of, some_rows
 
 
 def check_apart(step: Step, batch: Any, plan: Plan) -> None:
@@ -57,26 +52,17 @@ def _why_not_apart(step: Step, batch: Any) -> str:
 
 def _why_not_mean(loss: Callable, batch: Any) -> str:
     """Why the loss of a batch is not the mean of the losses of its parts, by a few rows; "" where it is."""
-    for seed in range(_TRIES):
+    for seed in range(TRIES):
         numbers = np.random.default_rng(seed)
-        rows = jax.tree.map(lambda leaf: _some_rows(leaf, numbers), batch)  # noqa: B023  (called at once)
+        rows = jax.tree.map(lambda leaf: some_rows(leaf, numbers, 2), batch)  # noqa: B023  (called at once)
         try:
             both, *each = (float(loss(part)) for part in (rows, _row(rows, 0), _row(rows, 1)))
         except (TypeError, ValueError) as error:
             return f"it takes {rows_of(batch)} rows only ({(str(error).splitlines() or [''])[0].rstrip('.')})"
-        if not math.isclose(both, sum(each) / 2, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
+        if not math.isclose(both, sum(each) / 2, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE):
             told = f"the loss of two rows is {both:.6g}, and the mean of their losses {sum(each) / 2:.6g}"
             return f"{told}: it sums over the batch, or ties its rows"
     return ""
-
-
-def _some_rows(leaf: Any, numbers: np.random.Generator) -> Any:
-    """Two rows to try a loss on: any numbers, or the first two classes and words."""
-    if not leaf.shape:
-        return np.zeros((), leaf.dtype)
-    shape = (2, *leaf.shape[1:])
-    whole = np.issubdtype(leaf.dtype, np.integer) or leaf.dtype == bool
-    return (numbers.integers(0, 2, shape) if whole else numbers.uniform(size=shape)).astype(leaf.dtype)
 
 
 def _row(rows: Any, index: int) -> Any:

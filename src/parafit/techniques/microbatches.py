@@ -19,9 +19,9 @@ from parafit.techniques.shares import Kind, Share, share
 from parafit.techniques.traces import NoShareError, flat
 from parafit.tracing.trace import jaxpr_of, shapes_of
 
-_MEAN_TOLERANCE = 1e-3
+MEAN_TOLERANCE = 1e-3
 """Rounding in float32 through a deep network stays below this; a loss that ties rows is off by more."""
-_TRIES = 3
+TRIES = 3
 """Times that a few rows are tried: their labels may be such that a loss does not show that it ties them."""
 _TRIED = 4
 """Rows that are tried. Of one row, programs are often not what they are of several."""
@@ -159,9 +159,9 @@ def _why_not_mean(loss: Callable, state: State, batch: Any, told: str) -> str:
         told: what the traces say of it.
     """
     compare = None
-    for seed in range(_TRIES):
+    for seed in range(TRIES):
         numbers = np.random.default_rng(seed)
-        rows = jax.tree.map(lambda leaf: _some_rows(leaf, numbers), batch)  # noqa: B023  (called at once)
+        rows = jax.tree.map(lambda leaf: some_rows(leaf, numbers, _TRIED), batch)  # noqa: B023  (called at once)
         try:
             compare = compare or _comparing(loss, state, rows)
             both, together = map(float, compare(*jax.tree.leaves((state, rows))))
@@ -169,7 +169,7 @@ def _why_not_mean(loss: Callable, state: State, batch: Any, told: str) -> str:
             return ""  # of few rows it is another program, which says nothing of the batch
         except (TypeError, ValueError) as error:
             return f"it takes {rows_of(batch)} rows only ({(str(error).splitlines() or [''])[0].rstrip('.')})"
-        if not math.isclose(both, together, rel_tol=_MEAN_TOLERANCE, abs_tol=_MEAN_TOLERANCE):
+        if not math.isclose(both, together, rel_tol=MEAN_TOLERANCE, abs_tol=MEAN_TOLERANCE):
             why = f"; {told}" if told else ""
             return f"the loss of a few rows is {both:.6g}, and that of its halves together {together:.6g}: it ties its rows{why}"
     return ""
@@ -194,11 +194,17 @@ def _comparing(loss: Callable, state: State, rows: Any) -> Callable:
         )
 
 
-def _some_rows(leaf: Any, numbers: np.random.Generator) -> Any:
-    """A few rows to try a loss on: any numbers, or the first two classes and words."""
+def some_rows(leaf: Any, numbers: np.random.Generator, count: int) -> Any:
+    """A few rows to try a loss on: any numbers, or the first two classes and words.
+
+    Args:
+        leaf: an array of the batch, or its shape.
+        numbers: where they come from.
+        count: how many rows.
+    """
     if not leaf.shape:
         return np.zeros((), leaf.dtype)
-    shape = (_TRIED, *leaf.shape[1:])
+    shape = (count, *leaf.shape[1:])
     whole = np.issubdtype(leaf.dtype, np.integer) or leaf.dtype == bool
     return (numbers.integers(0, 2, shape) if whole else numbers.uniform(size=shape)).astype(leaf.dtype)
 

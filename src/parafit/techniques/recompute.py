@@ -11,6 +11,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from parafit import backends
+from parafit.tracing.inline import read
 
 _MOST_TRIED = 64
 
@@ -57,19 +58,15 @@ def _run(closed: ClosedJaxpr, cuts: Sequence[int], arguments: Sequence[Any], wei
 def _ends(jaxpr: Jaxpr, start: int, end: int) -> tuple[list[Var], list[Var]]:
     """What a stretch of equations reads from before, and what it makes that is read after."""
     made = [var for equation in jaxpr.eqns[start:end] for var in equation.outvars]
-    read_after = {var for equation in jaxpr.eqns[end:] for var in _read(equation)} | {var for var in jaxpr.outvars if isinstance(var, Var)}
+    read_after = {var for equation in jaxpr.eqns[end:] for var in read(equation)} | {var for var in jaxpr.outvars if isinstance(var, Var)}
     own = set(made)
-    inputs = dict.fromkeys(var for equation in jaxpr.eqns[start:end] for var in _read(equation) if var not in own)
+    inputs = dict.fromkeys(var for equation in jaxpr.eqns[start:end] for var in read(equation) if var not in own)
     return list(inputs), [var for var in made if var in read_after]
 
 
 def _part(jaxpr: Jaxpr, equations: Sequence[JaxprEqn], inputs: list[Var], outputs: list[Var]) -> Jaxpr:
     debug = jaxpr.debug_info._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
     return jaxpr.replace(eqns=list(equations), invars=inputs, outvars=outputs, constvars=(), debug_info=debug)
-
-
-def _read(equation: JaxprEqn) -> list[Var]:
-    return [var for var in equation.invars if isinstance(var, Var)]
 
 
 def _best_cuts(jaxpr: Jaxpr) -> list[int]:
@@ -87,7 +84,7 @@ def _made_bytes(jaxpr: Jaxpr) -> list[int]:
 def _passing_bytes(jaxpr: Jaxpr) -> list[int]:
     """Bytes made before each equation, and before the end, that are read from there on."""
     born = {var: index for index, equation in enumerate(jaxpr.eqns) for var in equation.outvars}
-    last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in _read(equation)}
+    last = {var: index for index, equation in enumerate(jaxpr.eqns) for var in read(equation)}
     last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, Var)}
     changes = [0] * (len(jaxpr.eqns) + 2)
     for var, index in born.items():
